@@ -1,0 +1,132 @@
+"""`edge-agent`: from the command line to settings to the parts, and nothing else.
+
+Exit codes: 0 done, 1 a check failed, 2 the command or the configuration is wrong, 3 something outside is not available.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import App, Parameter
+
+from edge_agent import settings as configuration
+from protocol import command_line
+from protocol.command_line import JsonFlag
+from protocol.errors import Unavailable
+from protocol.messages import ModelRef, Status
+
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
+]
+
+app = App(
+    name="edge-agent",
+    help="Answers a game's battle states on this device, and keeps its models up to date.",
+    version=importlib.metadata.version("edgeswap"),
+)
+
+
+@app.command
+def run(*, config: ConfigFile = None) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    from edge_agent.supervisor import Supervisor  # noqa: PLC0415
+    from protocol import service  # noqa: PLC0415
+
+    settings = configuration.load(config)
+    service.set_up_logging()
+    stop: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _frame: stop.append(number))
+    try:
+        Supervisor(settings).run(lambda: bool(stop))
+    except Exception:
+        logging.getLogger("edge_agent").exception("the supervisor failed")
+        raise
+    return 0
+
+
+@app.command
+def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show what each slot serves and what is going on. Exit code 1 if a slot is not ready."""
+    settings = configuration.load(config)
+    path = Path(settings.runtime_dir) / "status.json"
+    try:
+        data = path.read_bytes()
+        age_s = time.time() - path.stat().st_mtime
+    except OSError as error:
+        raise Unavailable(f"no status in {path}: is the daemon running? ({error.strerror})") from error
+    said = msgspec.json.decode(data, type=Status)
+    if json:
+        sys.stdout.write(data.decode() + "\n")
+    else:
+        rows = [
+            {
+                "slot": name,
+                "phase": slot.phase,
+                "ready": "yes" if slot.ready else "no",
+                "active": _named(slot.active),
+                "previous": _named(slot.previous),
+                "candidate": _named(slot.candidate),
+                "last verdict": slot.verdict.outcome if slot.verdict else "",
+                "last refusal": slot.refusal or "",
+            }
+            for name, slot in said.slots.items()
+        ]
+        command_line.show(rows, title=f"{settings.device}: {said.runtime}, status changed {age_s:.0f} s ago")
+    return 0 if all(slot.ready for slot in said.slots.values()) else 1
+
+
+@app.command
+def history(*, slot: str | None = None, limit: int = 20, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show what happened to the models on this device, the newest last."""
+    from edge_agent.state import read_history  # noqa: PLC0415
+
+    settings = configuration.load(config)
+    events = read_history(Path(settings.state_dir) / "state.db", limit, slot)
+    rows = [
+        {
+            "when": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.at)),
+            "event": event.kind,
+            "slot": event.slot,
+            "model": f"{event.version} ({event.model[:8]})" if event.version else event.model[:8],
+            "what": event.text or event.reason,
+        }
+        for event in events
+    ]
+    command_line.show(msgspec.to_builtins(events) if json else rows, title=settings.device, as_json=json)
+    return 0
+
+
+@app.command
+def doctor(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Check this device's set-up, and say what to do about each finding. Exit code 1 if a check failed."""
+    from edge_agent.doctor import examine  # noqa: PLC0415
+
+    return command_line.show_findings(examine(configuration.load(config)), as_json=json)
+
+
+@app.command
+def version() -> int:
+    """Print the version of this software."""
+    sys.stdout.write(importlib.metadata.version("edgeswap") + "\n")
+    return 0
+
+
+def _named(model: ModelRef | None) -> str:
+    return f"{model.version} ({model.digest[:8]})" if model else ""
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(command_line.run(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,620 @@
+"""What a slot serves, stages, tries and watches: a table of transitions.
+
+    Serving ──► Staging ──► Trial ──► Watch ──► Serving, now of the new model
+
+`step(state, event)` looks up the row for the pair and returns the next state with what is to be done. Everything that
+affects a slot's deployment lives here; nothing here reads a clock, a disk or a socket. The caller makes the new state
+durable *before* it carries out the actions. Which model is served is no action: it is always `state.active`, and the
+caller reconciles.
+
+**Rows.** A row names a state, an event, the states it may go to, what it does and, with `when`, on which condition;
+where the condition does not hold, nothing changes. Conditions say that an event is not stale: what the stager says is
+about the present candidate, an offer is newer than everything that was dealt with. A pair that no row lists is our own
+bug and raises `UnexpectedEvent`.
+
+**Versions.** `newest` is the highest version that met its end: committed, refused or inconclusive. Only a version above
+it is staged, so versions fall only by rollback, and a refused model comes back only under a higher version. A postponed
+one did not meet its end: it may be offered again.
+
+**Deaths.** A model that kills what runs it gets one more chance, no third. In a trial and in a watch the daemon's own
+unclean end counts as a death, since a model may have caused it.
+
+**The first model** of a slot is committed without a trial: there is nothing to compare it with.
+
+**An offer during a watch** ends the watch. The watched model has passed its trial, and the newer one is compared with
+it; a host that publishes faster than devices watch gives up the watch's protection, not the trial's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from protocol.errors import Misconfigured
+from protocol.messages import ModelRef, Verdict
+
+MAX_REFUSALS = 16
+MAX_DEATHS = 2
+NO_VERSION = -1
+
+
+# States.
+
+
+class Refusal(Struct, frozen=True):
+    """A model that is not to be staged again at this version or a lower one, and why."""
+
+    digest: str
+    version: int
+    reason: str
+
+
+class Standing(Struct, frozen=True, kw_only=True, tag_field="phase", tag=str.lower):
+    """What every state carries.
+
+    Attributes:
+        active: What is served; `None` until there was a first model.
+        previous: What was served before it.
+        refused: The newest `MAX_REFUSALS` refusals, the oldest first.
+        newest: The highest version that met its end; -1 before the first.
+    """
+
+    active: ModelRef | None = None
+    previous: ModelRef | None = None
+    refused: tuple[Refusal, ...] = ()
+    newest: int = NO_VERSION
+
+
+class Serving(Standing, frozen=True, kw_only=True):
+    """The active model is served, and no change is under way."""
+
+
+class Staging(Standing, frozen=True, kw_only=True):
+    """A candidate is fetched and qualified.
+
+    Attributes:
+        candidate: Which one.
+        deaths: How often it killed the stager.
+    """
+
+    candidate: ModelRef
+    deaths: int = 0
+
+
+class Trial(Standing, frozen=True, kw_only=True):
+    """The candidate runs beside the active model.
+
+    Attributes:
+        candidate: Which one.
+        deaths: How often the trial or the daemon died of it.
+    """
+
+    active: ModelRef
+    candidate: ModelRef
+    deaths: int = 0
+
+
+class Watch(Standing, frozen=True, kw_only=True):
+    """The new model is served (`active`), the old one (`previous`) still runs beside it now and then.
+
+    Attributes:
+        ratio: New to old at commit, at least 1: what the watch compares with.
+        deaths: How often a worker, the watch or the daemon died of the new one.
+    """
+
+    active: ModelRef
+    previous: ModelRef
+    ratio: float = 1.0
+    deaths: int = 0
+
+
+State: TypeAlias = Serving | Staging | Trial | Watch
+
+
+# Events.
+
+
+class ReleaseOffered(Struct, frozen=True):
+    """Verified metadata names a model this slot should have."""
+
+    model: ModelRef
+
+
+class ModelStaged(Struct, frozen=True):
+    """The candidate is in the store, verified and qualified."""
+
+    digest: str
+
+
+class ModelRefused(Struct, frozen=True):
+    """The candidate is bad for ever."""
+
+    digest: str
+    reason: str
+    text: str = ""
+
+
+class StagingPostponed(Struct, frozen=True):
+    """The world was not ready (broker, disk, host). The candidate is not to blame, and is offered again later."""
+
+    digest: str
+    reason: str
+    text: str = ""
+
+
+class StagerDied(Struct, frozen=True):
+    """The stager ended while it worked on the candidate."""
+
+
+class TrialPassed(Struct, frozen=True):
+    """The judge says commit."""
+
+    verdict: Verdict
+
+
+class TrialRegressed(Struct, frozen=True):
+    """The judge says roll back."""
+
+    verdict: Verdict
+
+
+class TrialInconclusive(Struct, frozen=True):
+    """The trial used up its pairs or its time."""
+
+    verdict: Verdict
+
+
+class TrialFailed(Struct, frozen=True):
+    """The new model raised an error or gave numbers that are not finite, in trial or in watch."""
+
+    reason: str
+    text: str = ""
+
+
+class TrialDied(Struct, frozen=True):
+    """The process that runs both models ended by itself, in trial or in watch."""
+
+
+class WorkerDied(Struct, frozen=True):
+    """A worker that served this model ended by itself."""
+
+    digest: str
+
+
+class WatchAlarmed(Struct, frozen=True):
+    """The new model has become slower."""
+
+    verdict: Verdict
+
+
+class WatchQuieted(Struct, frozen=True):
+    """The watch's time passed without an alarm."""
+
+
+class DaemonRestarted(Struct, frozen=True):
+    """The daemon has begun anew; `clean` says whether it had ended on purpose."""
+
+    clean: bool
+
+
+Event: TypeAlias = (
+    ReleaseOffered
+    | ModelStaged
+    | ModelRefused
+    | StagingPostponed
+    | StagerDied
+    | TrialPassed
+    | TrialRegressed
+    | TrialInconclusive
+    | TrialFailed
+    | TrialDied
+    | WorkerDied
+    | WatchAlarmed
+    | WatchQuieted
+    | DaemonRestarted
+)
+
+
+# Actions.
+
+
+class Stage(Struct, frozen=True):
+    """Fetch and qualify a model; what is there already need not be fetched again."""
+
+    model: ModelRef
+
+
+class StopStaging(Struct, frozen=True):
+    """Stop fetching a model."""
+
+    model: ModelRef
+
+
+class BeginTrial(Struct, frozen=True):
+    """Run both models side by side."""
+
+    active: ModelRef
+    candidate: ModelRef
+
+
+class EndTrial(Struct, frozen=True):
+    """Stop the trial without a verdict."""
+
+
+class BeginWatch(Struct, frozen=True):
+    """Run both models side by side now and then; `ratio` is what is normal for them."""
+
+    active: ModelRef
+    previous: ModelRef
+    ratio: float
+
+
+class EndWatch(Struct, frozen=True):
+    """Stop the watch without a verdict."""
+
+
+class Report(Struct, frozen=True):
+    """Write a line of the audit trail.
+
+    Attributes:
+        kind: `staged`, `postponed`, `superseded`, `trial`, `inconclusive`, `refused`, `committed`, `confirmed` or
+            `rolled_back`.
+        model: Which model it is about.
+        reason: A stable word for programs.
+        text: A sentence for people, where the event brought one.
+        verdict: The judge's, where one was given.
+    """
+
+    kind: str
+    model: ModelRef
+    reason: str = ""
+    text: str = ""
+    verdict: Verdict | None = None
+
+
+Action: TypeAlias = Stage | StopStaging | BeginTrial | EndTrial | BeginWatch | EndWatch | Report
+
+
+class Step(NamedTuple):
+    """The next state, to be made durable, and then what to do, in this order."""
+
+    state: State
+    actions: tuple[Action, ...] = ()
+
+
+# Conditions.
+
+
+def newer(state: State, event: ReleaseOffered) -> bool:
+    """Whether an offer is above everything that was dealt with or is under way, and is not what is served already."""
+    offered = event.model
+    under_way = state.candidate.version if isinstance(state, Staging | Trial) else NO_VERSION
+    refused_at = [refusal.version for refusal in state.refused if refusal.digest == offered.digest]
+    is_active = state.active is not None and state.active.digest == offered.digest
+    return not is_active and offered.version > max(state.newest, under_way, *refused_at)
+
+
+def of_candidate(state: Staging, event: ModelStaged | ModelRefused | StagingPostponed) -> bool:
+    """Whether what the stager says is about the present candidate, and not about one that was replaced."""
+    return event.digest == state.candidate.digest
+
+
+def of_active(state: Watch, event: WorkerDied) -> bool:
+    """Whether the worker served the new model, and not the old one on its way out."""
+    return event.digest == state.active.digest
+
+
+# What the rows do.
+
+
+def stay(state: State, _event: Event) -> Step:
+    """Change nothing."""
+    return Step(state)
+
+
+def stage(state: Serving, event: ReleaseOffered) -> Step:
+    """Make what is offered the candidate."""
+    return Step(_staging(state, event.model), (Stage(event.model),))
+
+
+def stage_instead(state: Staging, event: ReleaseOffered) -> Step:
+    """Replace the candidate by a newer one."""
+    superseded = Report("superseded", state.candidate)
+    return Step(_staging(state, event.model), (StopStaging(state.candidate), superseded, Stage(event.model)))
+
+
+def stage_after_trial(state: Trial, event: ReleaseOffered) -> Step:
+    """Give up a trial for a newer candidate."""
+    return Step(_staging(state, event.model), (EndTrial(), Report("superseded", state.candidate), Stage(event.model)))
+
+
+def stage_after_watch(state: Watch, event: ReleaseOffered) -> Step:
+    """Give up a watch for a newer candidate."""
+    return Step(_staging(state, event.model), (EndWatch(), Stage(event.model)))
+
+
+def stage_again(state: Staging, _event: DaemonRestarted) -> Step:
+    """Resume with what is on disk."""
+    return Step(state, (Stage(state.candidate),))
+
+
+def try_or_commit(state: Staging, _event: ModelStaged) -> Step:
+    """Compare the candidate with what is served, or take it if nothing is."""
+    staged = Report("staged", state.candidate)
+    if state.active is None:
+        first = Report("committed", state.candidate, "first_model")
+        return Step(_serving(state, state.candidate, None, state.candidate.version), (staged, first))
+    trial = Trial(
+        active=state.active,
+        previous=state.previous,
+        refused=state.refused,
+        newest=state.newest,
+        candidate=state.candidate,
+    )
+    return Step(trial, (staged, Report("trial", state.candidate), BeginTrial(trial.active, trial.candidate)))
+
+
+def refuse_staged(state: Staging, event: ModelRefused) -> Step:
+    """Put the candidate on the refusal list, for the stager's reason."""
+    return _refuse(state, Report("refused", state.candidate, event.reason, event.text))
+
+
+def postpone(state: Staging, event: StagingPostponed) -> Step:
+    """Let the candidate go without blame."""
+    report = Report("postponed", state.candidate, event.reason, event.text)
+    return Step(_serving(state, state.active, state.previous), (report,))
+
+
+def count_stager_death(state: Staging, _event: StagerDied) -> Step:
+    """Stage the candidate once more, or refuse it."""
+    deaths = state.deaths + 1
+    if deaths < MAX_DEATHS:
+        return Step(replace(state, deaths=deaths), (Stage(state.candidate),))
+    return _refuse(state, Report("refused", state.candidate, "died_twice", "It killed the stager twice."))
+
+
+def commit(state: Trial, event: TrialPassed) -> Step:
+    """Serve the candidate, and watch it."""
+    watch = Watch(
+        active=state.candidate,
+        previous=state.active,
+        refused=state.refused,
+        newest=max(state.newest, state.candidate.version),
+        # Rolling back to a model that is slower still would help nobody, however much faster the new one once was.
+        ratio=max(1.0, event.verdict.ratio_median),
+    )
+    return Step(watch, (Report("committed", watch.active, "passed", verdict=event.verdict), _begin_watch(watch)))
+
+
+def refuse_slower(state: Trial, event: TrialRegressed) -> Step:
+    """Keep what is served: the candidate is slower."""
+    return _refuse(state, Report("refused", state.candidate, "slower", verdict=event.verdict))
+
+
+def refuse_failed(state: Trial, event: TrialFailed) -> Step:
+    """Keep what is served: the candidate does not work."""
+    return _refuse(state, Report("refused", state.candidate, event.reason, event.text))
+
+
+def keep_active(state: Trial, event: TrialInconclusive) -> Step:
+    """Keep what is served: the candidate was not shown to be as good. It is not refused, but was dealt with."""
+    report = Report("inconclusive", state.candidate, "inconclusive", verdict=event.verdict)
+    return Step(_serving(state, state.active, state.previous, state.candidate.version), (report,))
+
+
+def count_trial_death(state: Trial, _event: TrialDied | DaemonRestarted) -> Step:
+    """Try the candidate once more from the beginning, or refuse it."""
+    deaths = state.deaths + 1
+    if deaths < MAX_DEATHS:
+        return Step(replace(state, deaths=deaths), (BeginTrial(state.active, state.candidate),))
+    return _refuse(state, Report("refused", state.candidate, "died_twice", "Its trial ended by itself twice."))
+
+
+def restart_trial(state: Trial, event: DaemonRestarted) -> Step:
+    """Begin the trial anew; an unclean end counts as a death."""
+    if event.clean:
+        return Step(state, (BeginTrial(state.active, state.candidate),))
+    return count_trial_death(state, event)
+
+
+def count_worker_death(state: Watch, _event: WorkerDied) -> Step:
+    """Note it, the worker is replaced anyway; or roll back."""
+    return _count_watch_death(state, ())
+
+
+def count_watch_death(state: Watch, _event: TrialDied | DaemonRestarted) -> Step:
+    """Begin the watch anew, or roll back."""
+    return _count_watch_death(state, (_begin_watch(state),))
+
+
+def restart_watch(state: Watch, event: DaemonRestarted) -> Step:
+    """Begin the watch anew; an unclean end counts as a death."""
+    if event.clean:
+        return Step(state, (_begin_watch(state),))
+    return count_watch_death(state, event)
+
+
+def roll_back_slower(state: Watch, event: WatchAlarmed) -> Step:
+    """Serve the old model again: the new one is slower."""
+    return _roll_back(state, Report("rolled_back", state.active, "slower", verdict=event.verdict))
+
+
+def roll_back_failed(state: Watch, event: TrialFailed) -> Step:
+    """Serve the old model again: the new one does not work."""
+    return _roll_back(state, Report("rolled_back", state.active, event.reason, event.text))
+
+
+def confirm(state: Watch, _event: WatchQuieted) -> Step:
+    """End the watch; the old model is kept."""
+    return Step(_serving(state, state.active, state.previous), (Report("confirmed", state.active),))
+
+
+def _staging(state: State, candidate: ModelRef) -> Staging:
+    return Staging(
+        active=state.active, previous=state.previous, refused=state.refused, newest=state.newest, candidate=candidate
+    )
+
+
+def _serving(state: State, active: ModelRef | None, previous: ModelRef | None, dealt_with: int = NO_VERSION) -> Serving:
+    return Serving(active=active, previous=previous, refused=state.refused, newest=max(state.newest, dealt_with))
+
+
+def _refuse(state: Staging | Trial, report: Report) -> Step:
+    serving = _serving(state, state.active, state.previous, state.candidate.version)
+    return Step(replace(serving, refused=_refused(state, report)), (report,))
+
+
+def _roll_back(state: Watch, report: Report) -> Step:
+    serving = _serving(state, state.previous, None)
+    return Step(replace(serving, refused=_refused(state, report)), (EndWatch(), report))
+
+
+def _refused(state: State, report: Report) -> tuple[Refusal, ...]:
+    refusal = Refusal(report.model.digest, report.model.version, report.reason)
+    return (*state.refused, refusal)[-MAX_REFUSALS:]
+
+
+def _count_watch_death(state: Watch, retry: tuple[Action, ...]) -> Step:
+    deaths = state.deaths + 1
+    if deaths < MAX_DEATHS:
+        return Step(replace(state, deaths=deaths), retry)
+    return _roll_back(state, Report("rolled_back", state.active, "died_twice", "It, or the daemon, died twice."))
+
+
+def _begin_watch(state: Watch) -> BeginWatch:
+    return BeginWatch(state.active, state.previous, state.ratio)
+
+
+# The table.
+
+S = TypeVar("S", bound=State)
+E = TypeVar("E", bound=Event)
+
+
+@dataclass(frozen=True)
+class Row(Generic[S, E]):
+    """One line of the table: in `state`, on `event`, if `when` holds, `do`, and go to one of `goes_to`."""
+
+    state: type[S]
+    event: type[E]
+    goes_to: tuple[type[State], ...]
+    do: Callable[[S, E], Step]
+    when: Callable[[S, E], bool] | None = None
+
+
+ROWS: tuple[Row[Any, Any], ...] = (
+    Row(Serving, ReleaseOffered, (Staging,), stage, newer),
+    Row(Serving, WorkerDied, (Serving,), stay),
+    Row(Serving, DaemonRestarted, (Serving,), stay),
+    Row(Serving, ModelStaged, (Serving,), stay),
+    Row(Serving, ModelRefused, (Serving,), stay),
+    Row(Serving, StagingPostponed, (Serving,), stay),
+    Row(Serving, StagerDied, (Serving,), stay),
+    Row(Staging, ReleaseOffered, (Staging,), stage_instead, newer),
+    Row(Staging, ModelStaged, (Trial, Serving), try_or_commit, of_candidate),
+    Row(Staging, ModelRefused, (Serving,), refuse_staged, of_candidate),
+    Row(Staging, StagingPostponed, (Serving,), postpone, of_candidate),
+    Row(Staging, StagerDied, (Staging, Serving), count_stager_death),
+    Row(Staging, DaemonRestarted, (Staging,), stage_again),
+    Row(Staging, WorkerDied, (Staging,), stay),
+    Row(Trial, TrialPassed, (Watch,), commit),
+    Row(Trial, TrialRegressed, (Serving,), refuse_slower),
+    Row(Trial, TrialInconclusive, (Serving,), keep_active),
+    Row(Trial, TrialFailed, (Serving,), refuse_failed),
+    Row(Trial, TrialDied, (Trial, Serving), count_trial_death),
+    Row(Trial, DaemonRestarted, (Trial, Serving), restart_trial),
+    Row(Trial, ReleaseOffered, (Staging,), stage_after_trial, newer),
+    Row(Trial, WorkerDied, (Trial,), stay),
+    Row(Trial, ModelStaged, (Trial,), stay),
+    Row(Trial, ModelRefused, (Trial,), stay),
+    Row(Trial, StagingPostponed, (Trial,), stay),
+    Row(Trial, StagerDied, (Trial,), stay),
+    Row(Watch, WatchQuieted, (Serving,), confirm),
+    Row(Watch, WatchAlarmed, (Serving,), roll_back_slower),
+    Row(Watch, TrialFailed, (Serving,), roll_back_failed),
+    Row(Watch, WorkerDied, (Watch, Serving), count_worker_death, of_active),
+    Row(Watch, TrialDied, (Watch, Serving), count_watch_death),
+    Row(Watch, DaemonRestarted, (Watch, Serving), restart_watch),
+    Row(Watch, ReleaseOffered, (Staging,), stage_after_watch, newer),
+    Row(Watch, ModelStaged, (Watch,), stay),
+    Row(Watch, ModelRefused, (Watch,), stay),
+    Row(Watch, StagingPostponed, (Watch,), stay),
+    Row(Watch, StagerDied, (Watch,), stay),
+)
+
+
+class UnexpectedEvent(LookupError):
+    """No row lists this event in this state: a bug of ours."""
+
+
+Table: TypeAlias = dict[tuple[type[State], type[Event]], Row[Any, Any]]
+
+
+def indexed(rows: tuple[Row[Any, Any], ...]) -> Table:
+    """The rows by state and event.
+
+    Raises:
+        ValueError: Two rows are for the same pair.
+    """
+    table: Table = {}
+    for row in rows:
+        if (row.state, row.event) in table:
+            raise ValueError(f"two rows for {row.event.__name__} in {row.state.__name__}")
+        table[row.state, row.event] = row
+    return table
+
+
+_TABLE = indexed(ROWS)
+
+
+def step(state: State, event: Event) -> Step:
+    """Take one event.
+
+    Raises:
+        UnexpectedEvent: No row lists the pair.
+    """
+    row = _TABLE.get((type(state), type(event)))
+    if row is None:
+        raise UnexpectedEvent(f"no row for {type(event).__name__} in {type(state).__name__}")
+    if row.when is not None and not row.when(state, event):
+        return Step(state)
+    taken = row.do(state, event)
+    assert isinstance(taken.state, row.goes_to), f"{type(taken.state).__name__} is not where this row goes: {row}"
+    return taken
+
+
+def initial() -> State:
+    """A slot that never had a model."""
+    return Serving()
+
+
+def pinned(state: State) -> frozenset[str]:
+    """Digests of the models the store must keep."""
+    candidate = state.candidate if isinstance(state, Staging | Trial) else None
+    return frozenset(model.digest for model in (state.active, state.previous, candidate) if model is not None)
+
+
+_decoder = msgspec.json.Decoder(State)
+
+
+def encode(state: State) -> bytes:
+    """A state as JSON, to be stored."""
+    return msgspec.json.encode(state)
+
+
+def decode(data: bytes) -> State:
+    """A state from `encode`.
+
+    Raises:
+        Misconfigured: It is not one; perhaps it was written by a newer version of the agent.
+    """
+    try:
+        state: State = _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise Misconfigured(f"the stored deployment state cannot be read: {error}") from error
+    return state

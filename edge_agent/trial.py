@@ -1,0 +1,155 @@
+"""The process that runs two models side by side and reports how long each took.
+
+Both interpreters live in this one process and thread. A pair is one state, both models, back to back, in an order decided by a
+seeded fair coin; every pair is reported. Between pairs the process sleeps, so that it uses no more than its share of a core.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from edge_agent import runtime
+from edge_agent.channel import Channel
+from edge_agent.children import (
+    CandidateFailed,
+    ModelFile,
+    RecentInputs,
+    TimedPairs,
+    ToTrial,
+    TrialAssignment,
+    TrialReady,
+    first_message,
+    inherited_channel,
+)
+from edge_agent.judge import coin
+from edge_agent.model_store import ModelStore
+from protocol.errors import EdgeswapError, Rejected
+
+log = logging.getLogger("edge_agent.trial")
+
+BLOCK_S = 0.005
+MAX_BLOCK_PAIRS = 128
+MIN_REST_S = 0.02
+
+
+class Trial:
+    """Runs pairs until the supervisor closes the channel.
+
+    Args:
+        assignment: What to compare, on what, and at what cost.
+        channel: To the supervisor.
+
+    Raises:
+        Rejected: One of the models cannot be loaded.
+    """
+
+    def __init__(self, assignment: TrialAssignment, channel: Channel[ToTrial]) -> None:
+        self._assignment = assignment
+        self._channel = channel
+        self._old = _load(assignment.old, assignment.threads)
+        before = psutil.Process().memory_info().rss
+        self._new = _load(assignment.new, assignment.threads)
+        self._memory_bytes = psutil.Process().memory_info().rss - before
+        self._coin = coin(assignment.seed)
+        self._pick = random.Random(assignment.seed + 1)
+        self._inputs = [
+            (_vector(old), _vector(new))
+            for old, new in zip(assignment.old_inputs, assignment.new_inputs, strict=True)
+        ]
+
+    def run(self) -> None:
+        """Report pairs in blocks, and rest in between."""
+        self._channel.send(TrialReady(memory_bytes=max(self._memory_bytes, 0)))
+        one_at_a_time = self._assignment.interval_s > 0
+        while not self._channel.closed:
+            started = time.perf_counter()
+            pairs = []
+            for _ in range(1 if one_at_a_time else MAX_BLOCK_PAIRS):
+                pair = self._pair()
+                if pair is None:
+                    return
+                pairs.append(pair)
+                if time.perf_counter() - started > BLOCK_S:
+                    break
+            self._channel.send(TimedPairs(pairs))
+            busy_s = time.perf_counter() - started
+            self._rest(max(busy_s * (1 / self._assignment.duty - 1), self._assignment.interval_s - busy_s, MIN_REST_S))
+
+    def _pair(self) -> tuple[int, int] | None:
+        """One state through both models; `None` after the new one failed."""
+        for_old, for_new = self._pick.choice(self._inputs)
+        new_first = next(self._coin)
+        try:
+            if new_first:
+                new_ns, scores = _timed(self._new, for_new)
+                old_ns, _ = _timed(self._old, for_old)
+            else:
+                old_ns, _ = _timed(self._old, for_old)
+                new_ns, scores = _timed(self._new, for_new)
+        except Rejected as error:
+            self._channel.send(CandidateFailed(reason=error.code, text=error.text))
+            return None
+        if not np.isfinite(scores).all():
+            self._channel.send(CandidateFailed(reason="not_finite", text="the new model's output is not finite"))
+            return None
+        return old_ns, new_ns
+
+    def _rest(self, seconds: float) -> None:
+        """Sleep, and take what the supervisor says meanwhile."""
+        deadline = time.perf_counter() + seconds
+        while not self._channel.closed and (left_s := deadline - time.perf_counter()) > 0:
+            if not select.select([self._channel], [], [], left_s)[0]:
+                return
+            for message in self._channel.receive():
+                if isinstance(message, RecentInputs):
+                    self._inputs = [(vector, vector) for vector in map(_vector, message.inputs)]
+
+
+def _timed(model: runtime.Model, features: runtime.Vector) -> tuple[int, runtime.Vector]:
+    started = time.perf_counter_ns()
+    scores = model.invoke(features)
+    return time.perf_counter_ns() - started, scores
+
+
+def _load(file: ModelFile, threads: int) -> runtime.Model:
+    model = runtime.load(ModelStore(Path(file.folder)).open(file.digest), threads)
+    model.warm_up()
+    return model
+
+
+def _vector(data: bytes) -> runtime.Vector:
+    return np.frombuffer(data, "<f4")
+
+
+def main() -> int:
+    """The trial's process."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(10)
+    channel = inherited_channel(sys.argv[1:], ToTrial)
+    assignment = first_message(channel)
+    if assignment is None:
+        return 0
+    assert isinstance(assignment, TrialAssignment)
+    try:
+        trial = Trial(assignment, channel)
+    except EdgeswapError as error:
+        reason = error.code if isinstance(error, Rejected) else "unavailable"
+        channel.send(CandidateFailed(reason=reason, text=str(error)))
+        return 0
+    trial.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The process that answers: one slot, one immutable model, one connection, one thread.
+
+The path from message to publication does no disk I/O and takes no lock. What happened is told to the supervisor over a
+channel that never waits. Imports and the loading of the model run in a short-lived thread of idle priority, so that a
+worker which is about to take over does not slow the one that still serves; the thread that answers is never lowered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_agent.battles import Served
+from edge_agent.channel import Channel
+from edge_agent.children import (
+    Beat,
+    Disconnected,
+    Join,
+    Joined,
+    Leave,
+    Loaded,
+    LoadFailed,
+    Records,
+    ToWorker,
+    WorkerAssignment,
+    first_message,
+    inherited_channel,
+)
+from edge_agent.histogram import Histogram
+from edge_agent.model_store import ModelStore
+from edge_agent.overload import is_overdue
+from protocol import topics
+from protocol.errors import EdgeswapError, ErrorCode, Rejected
+from protocol.link import Link, Message
+from protocol.messages import Decision, Problem
+
+if TYPE_CHECKING:
+    from edge_agent.serving import Responder
+
+log = logging.getLogger("edge_agent.worker")
+
+IDLE_S = 0.25
+BEAT_S = 1.0
+QUIET_S = 0.5
+BURST = 16
+MAX_RECORDS = 64
+MAX_KEPT_RECORDS = 4096
+
+
+class Worker:
+    """Serves one slot until it is told to leave.
+
+    Args:
+        assignment: What to serve, and where.
+        responder: Loaded and warm.
+        channel: To the supervisor.
+    """
+
+    def __init__(self, assignment: WorkerAssignment, responder: Responder, channel: Channel[ToWorker]) -> None:
+        self._assignment = assignment
+        self._responder = responder
+        self._channel = channel
+        self._deadline_s = assignment.deadline_ms / 1000
+        self._waiting: deque[tuple[Message, int]] = deque()
+        self._records: list[Served] = []
+        self._lost = 0
+        self._answered = 0
+        self._errors: Counter[str] = Counter()
+        self._histogram = Histogram()
+        self._answer_s = 0.0
+        self._leaving_packet: int | None = None
+        self._left_at: float | None = None
+        self._heard_at = 0.0
+        self._was_connected = False
+        slot = "+" if assignment.front_desk else assignment.slot
+        group = f"{assignment.device}-{assignment.slot}"
+        self._filter = topics.shared(group, topics.state(assignment.device, slot))
+        self._action = topics.action(assignment.device, assignment.slot)
+        self._state = topics.state(assignment.device, assignment.slot)
+        self._link = Link(
+            assignment.broker,
+            f"{assignment.device}-{assignment.slot}-{os.getpid()}",
+            on_message=self._arrived,
+            on_subscribed=self._subscribed,
+            manual_ack=True,
+        )
+
+    def run(self) -> None:
+        """Serve until told to leave, or until the supervisor has gone, and everything here is answered."""
+        beat_at = time.monotonic()
+        while not self._finished(time.monotonic()):
+            if self._channel in self._link.turn(0.0 if self._waiting else IDLE_S, also=self._listening()):
+                self._listen()
+            self._answer_burst()
+            now = time.monotonic()
+            if len(self._records) >= MAX_RECORDS or not self._waiting:
+                self._report()
+            if now - beat_at >= BEAT_S:
+                beat_at = now
+                self._beat()
+        self._report()
+        self._link.close()
+        self._channel.flush()
+
+    def _listening(self) -> list[Channel[ToWorker]]:
+        return [] if self._channel.closed else [self._channel]
+
+    def _listen(self) -> None:
+        for message in self._channel.receive():
+            if isinstance(message, Join):
+                self._link.subscribe((self._filter, 1))
+            elif isinstance(message, Leave):
+                self._leave()
+        if self._channel.closed:
+            log.warning("%s: the supervisor has gone; leaving", self._assignment.slot)
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._leaving_packet is None:
+            self._leaving_packet = self._link.unsubscribe(self._filter)
+
+    def _finished(self, now: float) -> bool:
+        """After the broker has confirmed the leaving, it may still deliver what it had queued: wait until it is quiet."""
+        if self._leaving_packet is not None and self._left_at is None and not self._link.connected:
+            self._left_at = now  # without a connection nothing is subscribed
+        return self._left_at is not None and not self._waiting and now - max(self._left_at, self._heard_at) > QUIET_S
+
+    def _subscribed(self, packet: int) -> None:
+        if packet == self._leaving_packet:
+            self._left_at = time.monotonic()
+        else:
+            self._channel.send(Joined())
+
+    def _arrived(self, message: Message) -> None:
+        self._heard_at = time.monotonic()
+        self._waiting.append((message, time.perf_counter_ns()))
+
+    def _answer_burst(self) -> None:
+        """Answer some of what waits, oldest first; look at the connection again in between."""
+        for _ in range(min(len(self._waiting), BURST)):
+            started = time.perf_counter_ns()
+            message, read_at = self._waiting[0]
+            overdue = is_overdue(len(self._waiting), (started - read_at) / 1e9, self._answer_s, self._deadline_s)
+            self._waiting.popleft()
+            if overdue:
+                self._refuse(message, ErrorCode.OVERLOADED, f"more states wait than {self._deadline_s * 1e3:.0f} ms allow")
+                continue
+            self._answer(message)
+            ended = time.perf_counter_ns()
+            self._histogram.add((ended - read_at) // 1000)
+            self._answer_s += ((ended - started) / 1e9 - self._answer_s) / 8
+
+    def _answer(self, message: Message) -> None:
+        if message.topic != self._state and not self._is_ours(message):
+            return
+        payload, decisions, records = self._responder.answer(message.payload, time.time())
+        self._publish(message, payload, decisions)
+        self._keep(records)
+
+    def _is_ours(self, message: Message) -> bool:
+        """For the worker that is the front desk: leave other slots to their workers, refuse slots that do not exist."""
+        slot = topics.slot_of(message.topic)
+        if slot in self._assignment.slots:
+            self._link.acknowledge(message)
+            return False
+        known = ", ".join(self._assignment.slots)
+        self._refuse(message, ErrorCode.UNKNOWN_SLOT, f"no slot {slot!r} on this device; it has {known}", "slot")
+        return False
+
+    def _refuse(self, message: Message, code: str, text: str, field: str | None = None) -> None:
+        payload, decisions = self._responder.refuse(message.payload, Problem(code=code, text=text, field=field))
+        self._publish(message, payload, decisions)
+
+    def _publish(self, message: Message, payload: bytes, decisions: list[Decision]) -> None:
+        topic = message.response_topic
+        if topic is None:
+            topic = self._action if message.topic == self._state else message.topic.removesuffix("state") + "action"
+        if not self._link.connected:
+            return  # the broker delivers what was not acknowledged again, to whoever is subscribed then
+        self._link.publish(topic, payload, qos=min(message.qos, 1), correlation=message.correlation)
+        self._link.acknowledge(message)
+        for decision in decisions:
+            if decision.error is None:
+                self._answered += 1
+            else:
+                self._errors[decision.error.code] += 1
+
+    def _keep(self, records: list[Served]) -> None:
+        room = MAX_KEPT_RECORDS - len(self._records)
+        self._records += records[:room]
+        self._lost += max(len(records) - room, 0)
+
+    def _report(self) -> None:
+        self._channel.flush()
+        if self._records and self._channel.send(Records(self._records, self._lost)):
+            self._records, self._lost = [], 0
+
+    def _beat(self) -> None:
+        beat = Beat(answered=self._answered, errors=dict(self._errors), latency_us_histogram=self._histogram.counts)
+        if self._was_connected and not self._link.connected:
+            self._channel.send(Disconnected())
+        self._was_connected = self._link.connected
+        if self._channel.send(beat):
+            self._answered = 0
+            self._errors.clear()
+            self._histogram = Histogram()
+
+
+def load(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
+    """Load and warm up the assigned model.
+
+    Returns:
+        The responder, the milliseconds it took, and the runtime's name and version.
+
+    Raises:
+        Rejected: The file is missing, rotten, or refused by the runtime.
+    """
+    from edge_agent import runtime
+    from edge_agent.serving import Policy, Responder
+
+    started = time.perf_counter()
+    described = f"{runtime.name()} {runtime.version()}"
+    if assignment.model is None:
+        return Responder(assignment.slot, None), 0.0, described
+    data = ModelStore(Path(assignment.model.folder)).open(assignment.model.digest)
+    model = runtime.load(data, assignment.threads)
+    model.warm_up()
+    policy = Policy(model, assignment.model.features, assignment.model.digest, assignment.model.version)
+    return Responder(assignment.slot, policy), (time.perf_counter() - started) * 1e3, described
+
+
+def load_gently(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
+    """`load`, in a thread of idle priority where the system has such (Linux: priorities belong to threads, sched(7))."""
+    results: list[tuple[Responder, float, str] | EdgeswapError] = []
+
+    def run() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            results.append(load(assignment))
+        except EdgeswapError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, name="loader")
+    thread.start()
+    thread.join()
+    if not results:
+        raise SystemExit(1)  # the thread's own traceback is on stderr
+    if isinstance(results[0], EdgeswapError):
+        raise results[0]
+    return results[0]
+
+
+def main() -> int:
+    """The worker's process."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's business
+    channel = inherited_channel(sys.argv[1:], ToWorker)
+    assignment = first_message(channel)
+    if assignment is None:
+        return 0
+    assert isinstance(assignment, WorkerAssignment)
+    try:
+        responder, load_ms, described = load_gently(assignment)
+    except EdgeswapError as error:
+        reason = error.code if isinstance(error, Rejected) else "unavailable"
+        channel.send(LoadFailed(reason=reason, text=str(error)))
+        return 1
+    worker = Worker(assignment, responder, channel)
+    channel.send(Loaded(load_ms=load_ms, runtime=described))
+    worker.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What the two command lines share: exit codes, tables, findings.
+
+Exit codes: 0 done, 1 a check failed or something was refused, 2 the command or the configuration is wrong, 3 something outside
+is not available.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from msgspec import Struct, to_builtins
+
+from protocol.errors import Misconfigured, Rejected, Unavailable
+
+DONE = 0
+REFUSED = 1
+USAGE = 2
+UNAVAILABLE = 3
+
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of a table.")]
+
+
+class Health(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+class Finding(Struct, frozen=True):
+    """One check of a doctor.
+
+    Attributes:
+        name: What was checked.
+        health: How it is.
+        detail: What was found.
+        remedy: What to do about it; empty where nothing is to be done.
+    """
+
+    name: str
+    health: Health
+    detail: str
+    remedy: str = ""
+
+
+def run(app: App, argv: Sequence[str] | None = None) -> int:
+    """Run a command, and turn what it raises into one line on stderr and an exit code."""
+    try:
+        result = app(argv, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        return USAGE  # it has been explained already
+    except Rejected as error:
+        return _failed(error, REFUSED)
+    except Misconfigured as error:
+        return _failed(error, USAGE)
+    except Unavailable as error:
+        return _failed(error, UNAVAILABLE)
+    return result if isinstance(result, int) else DONE
+
+
+def show(rows: Sequence[Mapping[str, Any]], *, title: str, as_json: bool = False) -> None:
+    """Print rows as a table with the first row's keys as its head, or as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(to_builtins(rows), indent=2) + "\n")
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console()
+    if not rows:
+        console.print(f"{title}: nothing to show")
+        return
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+
+
+def show_findings(findings: Sequence[Finding], *, as_json: bool = False) -> int:
+    """Print what a doctor found. Returns the exit code: 1 if any check failed."""
+    show([to_builtins(finding) for finding in findings], title="doctor", as_json=as_json)
+    return REFUSED if any(finding.health is Health.FAILED for finding in findings) else DONE
+
+
+def _failed(error: Exception, code: int) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return code

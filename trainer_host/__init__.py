@@ -1,0 +1,1 @@
+"""The trainer: stores, learns, signs, publishes."""

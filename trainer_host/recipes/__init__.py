@@ -1,0 +1,1 @@
+"""Which learner, which network, for which slot."""
