@@ -1,6 +1,6 @@
 """`make demo`: the whole loop, once, with real parts. Exit status 0 only if every step held.
 
-    python -m demo [--seed N] [--keep] [--folder run/demo]
+python -m demo [--seed N] [--keep] [--folder run/demo]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(
     *,
     seed: int = 1,
     keep: Annotated[bool, Parameter(negative="", help="Leave everything running until Ctrl-C.")] = False,
-    folder: Annotated[Path, Parameter(help="Where everything is put; an earlier demo's is replaced.")] = Path("run/demo"),
+    folder: Annotated[Path, Parameter(help="Where everything goes; an earlier demo's is replaced.")] = Path("run/demo"),
 ) -> int:
     """Play, stream, train, sign, swap, judge, roll back; and say what was seen."""
     screen = Screen()

@@ -12,7 +12,7 @@ from protocol.messages import MetadataSet
 
 
 def tampered(metadata: bytes, target: str, model: bytes) -> bytes:
-    """The metadata set with another model in the place of `target`'s, every length and hash made to fit, signatures left as they are.
+    """The metadata set with another model in the place of `target`'s: every length and hash fits, no signature does.
 
     Args:
         metadata: The set as the host published it.

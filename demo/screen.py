@@ -40,7 +40,7 @@ class Screen:
         """A line that changes until the block ends."""
         if self._live:
             with self.console.status("") as status:
-                yield Moving(lambda text: status.update(text))
+                yield Moving(status.update)
         else:
             yield Moving(self._now_and_then)
 

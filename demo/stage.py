@@ -30,7 +30,7 @@ _events: Decoder[Event] = Decoder(Event)
 _telemetries: Decoder[Telemetry] = Decoder(Telemetry)
 
 
-class StepFailed(Exception):  # noqa: N818
+class StepFailed(Exception):
     """A step of the demonstration did not hold."""
 
 
@@ -62,7 +62,11 @@ class Stage:
         """Start a daemon; its output goes to a log file."""
         with (self.logs / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def run(self, name: str, *command: str, limit_s: float = 120.0) -> str:
@@ -161,7 +165,7 @@ class Game:
     @property
     def report(self) -> dict[str, Any]:
         """The newest line; empty before the first."""
-        lines = [line for line in self._log.read_text("utf-8").splitlines() if line.startswith("{") and line.endswith("}")]
+        lines = [line for line in self._log.read_text("utf-8").splitlines() if line[:1] == "{" and line[-1:] == "}"]
         report: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return report
 

@@ -266,7 +266,7 @@ class Report(Struct, frozen=True):
             `rolled_back`.
         model: Which model it is about.
         reason: A stable word for programs.
-        text: A sentence for people, where the event brought one.
+        text: For people, where there is more to say.
         verdict: The judge's, where one was given.
     """
 
@@ -375,7 +375,7 @@ def count_stager_death(state: Staging, _event: StagerDied) -> Step:
     deaths = state.deaths + 1
     if deaths < MAX_DEATHS:
         return Step(replace(state, deaths=deaths), (Stage(state.candidate),))
-    return _refuse(state, Report("refused", state.candidate, "died_twice", "It killed the stager twice."))
+    return _refuse(state, Report("refused", state.candidate, "died_twice", "it killed the stager twice"))
 
 
 def commit(state: Trial, event: TrialPassed) -> Step:
@@ -412,7 +412,9 @@ def count_trial_death(state: Trial, _event: TrialDied | DaemonRestarted) -> Step
     deaths = state.deaths + 1
     if deaths < MAX_DEATHS:
         return Step(replace(state, deaths=deaths), (BeginTrial(state.active, state.candidate),))
-    return _refuse(state, Report("refused", state.candidate, "died_twice", "Its trial ended by itself twice."))
+    return _refuse(
+        state, Report("refused", state.candidate, "died_twice", "its trial died twice, by itself or with the daemon")
+    )
 
 
 def restart_trial(state: Trial, event: DaemonRestarted) -> Step:
@@ -483,7 +485,9 @@ def _count_watch_death(state: Watch, retry: tuple[Action, ...]) -> Step:
     deaths = state.deaths + 1
     if deaths < MAX_DEATHS:
         return Step(replace(state, deaths=deaths), retry)
-    return _roll_back(state, Report("rolled_back", state.active, "died_twice", "It, or the daemon, died twice."))
+    return _roll_back(
+        state, Report("rolled_back", state.active, "died_twice", "its worker, its watch or the daemon died twice")
+    )
 
 
 def _begin_watch(state: Watch) -> BeginWatch:

@@ -145,7 +145,8 @@ class Responder:
         policy = self._policy
         if policy is None:
             raise Rejected(ErrorCode.NO_MODEL, f"slot {self._slot} has no model yet")
-        vector = policy.features(asked)
+        over = asked.done and asked.features is None and asked.state is None
+        vector = np.zeros(0, np.float32) if over else policy.features(asked)
         if asked.reward is not None and not math.isfinite(asked.reward):
             raise Rejected(ErrorCode.NOT_FINITE, f"reward is {asked.reward}", "reward")
         if asked.taken is not None and asked.taken >= policy.actions:

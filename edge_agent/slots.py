@@ -41,7 +41,6 @@ from edge_agent.histogram import Histogram
 from edge_agent.judge import JudgeSettings, TrialJudge, WatchJudge
 from edge_agent.settings import SlotSettings
 from edge_agent.state import StateStore
-from protocol.errors import Unavailable
 from protocol.messages import Event, ModelRef, SlotCounters, SlotStatus, Verdict
 from protocol.release import Release
 
@@ -300,9 +299,7 @@ class Slot:
         elif watching:
             self._feed(WatchAlarmed(comparison.verdict()) if comparison.decided else WatchQuieted(), now)
         else:
-            verdict = comparison.verdict()
-            events = {"commit": TrialPassed, "rollback": TrialRegressed}
-            self._feed(events.get(verdict.outcome, TrialInconclusive)(verdict), now)
+            self._feed(_trial_ended(comparison.verdict()), now)
 
     # What the workers say.
 
@@ -328,6 +325,12 @@ class Slot:
         )
         if digest is not None:
             self._feed(WorkerDied(digest), now)
+
+
+def _trial_ended(verdict: Verdict) -> deployment.Event:
+    if verdict.outcome == "commit":
+        return TrialPassed(verdict)
+    return TrialRegressed(verdict) if verdict.outcome == "rollback" else TrialInconclusive(verdict)
 
 
 def _sentence(report: Report) -> str:

@@ -232,7 +232,8 @@ class Fetching:
             return
         self._unsubscribe()
         packet = self._link.subscribe(*((topics.chunk(digest), 1) for digest in chosen.values()))
-        request = ChunkRequest(device=self._settings.device, model=self._model, wanted=bitmap(chosen, count))
+        wanted = bitmap(chosen, count) if count else b""
+        request = ChunkRequest(device=self._settings.device, model=self._model, wanted=wanted)
         self._requests[packet] = encode(request, as_json=False)
 
     def _subscribed(self, packet: int) -> None:

@@ -38,7 +38,7 @@ class StagerSettings(Struct, frozen=True, kw_only=True, tag=True):
     reserve_bytes: int = 64 * 1024 * 1024
     window: int = 16
     timeout_s: float = 5.0
-    attempts: int = 6
+    attempts: int = 5
     idle_s: float = 60.0
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -118,8 +119,8 @@ class Supervisor:
             self._collect()
         self._tell_service(now)
 
-    def _children(self) -> list[Child[object]]:
-        found: list[Child[object]] = [child for slot in self._slots.values() for child in slot.children()]
+    def _children(self) -> list[Child[Any]]:
+        found: list[Child[Any]] = [child for slot in self._slots.values() for child in slot.children()]
         if self._updates.child is not None:
             found.append(self._updates.child)
         return found

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 from protocol.errors import Rejected
 
-LONGEST_WAIT_S = 60.0
+LONGEST_WAIT_S = 30.0
 MAX_WRONG = 2
 
 
@@ -39,7 +39,7 @@ class Transfer:
         *,
         window: int = 16,
         timeout_s: float = 5.0,
-        attempts: int = 6,
+        attempts: int = 5,
     ) -> None:
         self.bytes_total = sum(sizes)
         self.unasked = 0
@@ -75,7 +75,10 @@ class Transfer:
         return self._deadline
 
     def ask(self, now: float) -> dict[int, str]:
-        """Index and digest of each chunk to ask for now; often none. Sets `gave_up` when asking has been in vain."""
+        """Index and digest of each chunk that is due to be asked for; often none.
+
+        Sets `gave_up` when asking has been in vain.
+        """
         if self._deadline is not None and now >= self._deadline:
             if self._attempt >= self._attempts:
                 self.gave_up = True
@@ -91,10 +94,6 @@ class Transfer:
         if chosen and self._deadline is None:
             self._wait(now)
         return chosen
-
-    def is_wanted(self, digest: str) -> bool:
-        """Whether a chunk has been asked for and is not here."""
-        return digest in self._asked
 
     def received(self, digest: str, now: float, *, intact: bool) -> bool:
         """Count an arrival under the name of a chunk.

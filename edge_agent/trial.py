@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from edge_agent import runtime
 from edge_agent.channel import Channel
@@ -33,13 +33,17 @@ from edge_agent.children import (
 )
 from edge_agent.judge import coin
 from edge_agent.model_store import ModelStore
-from protocol.errors import EdgeswapError, Rejected
+from protocol.errors import Rejected
 
 log = logging.getLogger("edge_agent.trial")
 
 BLOCK_S = 0.005
 MAX_BLOCK_PAIRS = 128
 MIN_REST_S = 0.02
+
+
+class CandidateBroken(Rejected):
+    """The new model cannot be loaded, or fails where the old one answers."""
 
 
 class Trial:
@@ -50,7 +54,8 @@ class Trial:
         channel: To the supervisor.
 
     Raises:
-        Rejected: One of the models cannot be loaded.
+        CandidateBroken: The new model cannot be loaded.
+        Rejected: The old one cannot.
     """
 
     def __init__(self, assignment: TrialAssignment, channel: Channel[ToTrial]) -> None:
@@ -58,7 +63,10 @@ class Trial:
         self._channel = channel
         self._old = _load(assignment.old, assignment.threads)
         before = psutil.Process().memory_info().rss
-        self._new = _load(assignment.new, assignment.threads)
+        try:
+            self._new = _load(assignment.new, assignment.threads)
+        except Rejected as error:
+            raise CandidateBroken(error.code, error.text) from error
         self._memory_bytes = psutil.Process().memory_info().rss - before
         self._coin = coin(assignment.seed)
         self._pick = random.Random(assignment.seed + 1)
@@ -68,41 +76,47 @@ class Trial:
         ]
 
     def run(self) -> None:
-        """Report pairs in blocks, and rest in between."""
+        """Report pairs in blocks, and rest in between.
+
+        Raises:
+            CandidateBroken: The new model failed. What was timed before in the same block is not reported.
+        """
         self._channel.send(TrialReady(memory_bytes=max(self._memory_bytes, 0)))
         one_at_a_time = self._assignment.interval_s > 0
         while not self._channel.closed:
             started = time.perf_counter()
             pairs = []
             for _ in range(1 if one_at_a_time else MAX_BLOCK_PAIRS):
-                pair = self._pair()
-                if pair is None:
-                    return
-                pairs.append(pair)
+                pairs.append(self._pair())
                 if time.perf_counter() - started > BLOCK_S:
                     break
             self._channel.send(TimedPairs(pairs))
             busy_s = time.perf_counter() - started
             self._rest(max(busy_s * (1 / self._assignment.duty - 1), self._assignment.interval_s - busy_s, MIN_REST_S))
 
-    def _pair(self) -> tuple[int, int] | None:
-        """One state through both models; `None` after the new one failed."""
+    def _pair(self) -> tuple[int, int]:
+        """One state through both models.
+
+        Raises:
+            CandidateBroken: The new one failed.
+            Rejected: The old one did, which is not the new one's fault.
+        """
         for_old, for_new = self._pick.choice(self._inputs)
-        new_first = next(self._coin)
-        try:
-            if new_first:
-                new_ns, scores = _timed(self._new, for_new)
-                old_ns, _ = _timed(self._old, for_old)
-            else:
-                old_ns, _ = _timed(self._old, for_old)
-                new_ns, scores = _timed(self._new, for_new)
-        except Rejected as error:
-            self._channel.send(CandidateFailed(reason=error.code, text=error.text))
-            return None
+        if next(self._coin):
+            new_ns, scores = self._timed_new(for_new)
+            old_ns, _ = _timed(self._old, for_old)
+        else:
+            old_ns, _ = _timed(self._old, for_old)
+            new_ns, scores = self._timed_new(for_new)
         if not np.isfinite(scores).all():
-            self._channel.send(CandidateFailed(reason="not_finite", text="the new model's output is not finite"))
-            return None
+            raise CandidateBroken("not_finite", "the new model's output is not finite")
         return old_ns, new_ns
+
+    def _timed_new(self, features: runtime.Vector) -> tuple[int, runtime.Vector]:
+        try:
+            return _timed(self._new, features)
+        except Rejected as error:
+            raise CandidateBroken(error.code, error.text) from error
 
     def _rest(self, seconds: float) -> None:
         """Sleep, and take what the supervisor says meanwhile."""
@@ -142,12 +156,9 @@ def main() -> int:
         return 0
     assert isinstance(assignment, TrialAssignment)
     try:
-        trial = Trial(assignment, channel)
-    except EdgeswapError as error:
-        reason = error.code if isinstance(error, Rejected) else "unavailable"
-        channel.send(CandidateFailed(reason=reason, text=str(error)))
-        return 0
-    trial.run()
+        Trial(assignment, channel).run()
+    except CandidateBroken as error:
+        channel.send(CandidateFailed(reason=error.code, text=error.text))
     return 0
 
 

@@ -32,7 +32,7 @@ class Observation(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
         state: the game's own state, encoded by the model's signed feature spec.
         legal: One flag per action. Absent: all are legal.
         reward: For this actor's previous action in this battle.
-        done: The battle has ended; the answer carries no action.
+        done: The battle has ended; the answer carries no action, and features may be left out.
         taken: Index of the action that is really played here, where a human or a script chose it.
         id: Echoed in the answer.
         v: Version of this schema.

@@ -74,7 +74,7 @@ class Release(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     slot: str
-    version: Positive
+    version: Annotated[int, Meta(ge=0)]
     digest: str
     length: Positive
     manifest: str

@@ -38,9 +38,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +57,11 @@ Vectors = NDArray[np.float32]
 FEATURE_BYTES = 4
 _NAMED = ("slot", "battle", "actor", "model")
 _BYTES = ("features", "legal")
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("step", "action"), np.int64),
+    **dict.fromkeys(("reward", "propensity", "at"), np.float64),
+    **dict.fromkeys(("taken", "done", "truncated"), np.bool_),
+}
 
 
 class Transitions(NamedTuple):
@@ -207,6 +214,15 @@ def split(examples: Examples, *, validation_share: float, seed: int) -> Split:
     return Split(examples.take(~validating), examples.take(validating))
 
 
+def from_rows(rows: Iterable[Sequence[Any]]) -> Transitions:
+    """Transitions from rows of a database, with the fields in their order; an absent propensity becomes NaN."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(Transitions._fields)
+    return Transitions._make(
+        np.array(values, _TYPES[name]) if name in _TYPES else list(values)
+        for name, values in zip(Transitions._fields, columns, strict=True)
+    )
+
+
 def save(path: Path, transitions: Transitions) -> None:
     """Write transitions to an `.npz` file."""
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -231,9 +247,13 @@ def load(path: Path) -> Transitions:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Transitions._make(_column(arrays, column) for column in Transitions._fields)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+            transitions = Transitions._make(_column(arrays, column) for column in Transitions._fields)
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise Rejected("bad_dataset", f"{path} is no file of transitions: {error}") from error
+    lengths = {len(values) for values in transitions}
+    if len(lengths) != 1:
+        raise Rejected("bad_dataset", f"{path} is no file of transitions: its columns have {sorted(lengths)} rows")
+    return transitions
 
 
 def _column(arrays: np.lib.npyio.NpzFile, column: str) -> Sequence[str] | Sequence[bytes] | NDArray[np.generic]:

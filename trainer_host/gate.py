@@ -7,7 +7,7 @@ both meet the same line-ups. The candidate passes when it is *not worse by more 
 the two Wilson intervals. It takes the two samples as independent. Meeting the same line-ups can only tie the two
 results together, which makes the true interval narrower: the rule errs towards refusing.
 
-So a candidate that is worse by the margin or more passes with a probability of at most 2.5%. With 4,000 battles the
+So a candidate that is worse by the margin or more passes with a probability of about 2.5%. With 4,000 battles the
 interval reaches at most 2.2 points down, so an equal candidate passes the default margin of five points with a
 probability above 99%.
 """
@@ -48,7 +48,7 @@ class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     battles: Annotated[int, Meta(ge=1, le=100_000)] = 4000
     seed: int = 1
     margin: Share = 0.05
-    min_win_rate: Share = 0.0
+    min_win_rate: Share = 0.7
     max_bytes: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)] = MAX_MODEL_BYTES
     max_difference: float = LIMITS["dynamic_range"].max_difference
     min_agreement: Share = LIMITS["dynamic_range"].min_agreement

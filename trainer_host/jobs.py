@@ -314,11 +314,15 @@ def _started(request: Request) -> subprocess.Popen[bytes]:
         raise Misconfigured(f"cannot write to {folder}: {error.strerror}") from error
     with log:
         return subprocess.Popen(
-            [sys.executable, "-m", f"trainer_host.{_MODULES[type(request)]}", str(folder / REQUEST)],
+            _command(request, folder / REQUEST),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
         )
+
+
+def _command(request: Request, path: Path) -> list[str]:
+    return [sys.executable, "-m", f"trainer_host.{_MODULES[type(request)]}", str(path)]
 
 
 def _read(child: subprocess.Popen[bytes], deadline: float, stop: Event | None) -> Iterator[Answer]:

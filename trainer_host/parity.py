@@ -45,9 +45,9 @@ class Limits(Struct, frozen=True, kw_only=True):
     tolerance: float
 
 
-# Scores are probabilities. With dynamic range the agreement is what protects the policy; one score among thousands of rows
-# may move far where two actions are nearly equal, and only beyond a half can a choice that was certain turn. The two
-# runtimes round activations differently. `docs/training.md` has what was measured, and on what.
+# Scores are probabilities. With dynamic range the agreement is what protects the policy; one score among thousands of
+# rows may move far where two actions are nearly equal, and only beyond a half can a choice that was certain turn. The
+# two runtimes round activations differently. `docs/training.md` has what was measured, and on what.
 LIMITS = {
     "float32": Limits(max_difference=1e-4, min_agreement=0.999, tolerance=1e-4),
     "dynamic_range": Limits(max_difference=0.5, min_agreement=0.95, tolerance=0.25),

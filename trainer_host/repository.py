@@ -264,7 +264,7 @@ class Repository:
         return sorted(releases, key=lambda release: (release.slot, release.version))
 
     def next_version(self, slot: str) -> int:
-        """The lowest version that the slot's next release may have."""
+        """The lowest version that the slot's next release may have; a slot's first is 0."""
         return _newest(Metadata[Targets].from_bytes(self._load().targets).signed, slot) + 1
 
     def metadata_set(self) -> bytes:
@@ -406,7 +406,7 @@ def _versions(targets: Targets, slot: str) -> list[int]:
 
 
 def _newest(targets: Targets, slot: str) -> int:
-    return max(_versions(targets, slot), default=0)
+    return max(_versions(targets, slot), default=-1)
 
 
 def _drop_oldest(targets: Targets, slot: str, kept: int) -> None:

@@ -38,7 +38,7 @@ class ScriptedPlayer:
     50%; strike.
     """
 
-    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (it knows no doubt)
+    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (leaves nothing to chance)
         """(B,) a legal action for each view."""
         lines = {
             rules.SMASH: np.ones(len(seen.legal), np.bool_),
@@ -66,7 +66,7 @@ class ExpertPlayer:
     REST = 2.7
     USUAL_POWER = 0.7
 
-    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (it knows no doubt)
+    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (leaves nothing to chance)
         """(B,) a legal action for each view."""
         return best_legal(self.worth(seen), seen.legal)
 
@@ -109,7 +109,7 @@ class ModelPlayer:
     def __init__(self, score: Callable[[observation.Features], Scores]) -> None:
         self._score = score
 
-    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (it knows no doubt)
+    def choose(self, seen: View, rng: np.random.Generator) -> Actions:  # noqa: ARG002 (leaves nothing to chance)
         """(B,) a legal action for each view."""
         return best_legal(self._score(observation.encode(seen)), seen.legal)
 

@@ -7,7 +7,7 @@ seed is the same battle whatever the order in which answers arrive. Time is an a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct
@@ -42,7 +42,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     seed: int = 0
     battles: int = 0
     concurrent: int = 64
-    observe: str = "state"
+    observe: Literal["state", "features"] = "state"
     player: Player | None = None
 
 
@@ -65,7 +65,7 @@ class _Awaited:
     def __init__(self, battle: _Battle, row: int | None, legal: list[bool], fallback: int) -> None:
         self.battle = battle
         self.row = row
-        self.legal = legal
+        self.legal = {action for action, allowed in enumerate(legal) if allowed}
         self.fallback = fallback
         self.sent_ns: int | None = None
 
@@ -111,21 +111,24 @@ class Session:
 
     def receive(self, decision: Decision, now_ns: int) -> None:
         """Take an answer. One that nobody awaits (another game's, or late) is passed over."""
-        awaited = self._awaited.get(decision.id) if isinstance(decision.id, int) else None
+        if not isinstance(decision.id, int):
+            return
+        awaited = self._awaited.get(decision.id)
         if awaited is None or awaited.sent_ns is None or awaited.battle.name != decision.battle:
             return
-        del self._awaited[decision.id]  # type: ignore[arg-type]
+        del self._awaited[decision.id]
         if decision.error is not None:
             self._give_up(awaited, decision.error.code)
         elif awaited.row is None:
             return
-        elif decision.action is None or decision.action >= len(awaited.legal) or not awaited.legal[decision.action]:
+        elif decision.action not in awaited.legal:
             self._give_up(awaited, ILLEGAL_ACTION)
         else:
             version = decision.version or UNNAMED_VERSION
             self.tally.answered(decision.model, version, now_ns - awaited.sent_ns)
             awaited.battle.versions.add(version)
-            self._chosen[awaited.row] = decision.action if self._plan.player is None else awaited.fallback
+            played = decision.action if self._plan.player is None else None
+            self._chosen[awaited.row] = awaited.fallback if played is None else played
 
     def expire(self, now_ns: int) -> None:
         """Stop waiting for answers that are overdue; observations were sent in the order in which they stand here."""

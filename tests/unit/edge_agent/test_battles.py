@@ -202,8 +202,8 @@ def test_a_record_keeps_its_battle_from_being_idle() -> None:
 
 def test_above_the_bound_the_battle_that_was_idle_longest_is_cut_off() -> None:
     book = BattleBook(settle_s=1.0, max_open=2)
-    for now, battle in enumerate("xyz"):
-        book.add(served(0, battle), float(now))
+    for moment, battle in enumerate("xyz"):
+        book.add(served(0, battle), float(moment))
     assert (book.evicted, book.truncated, book.open_battles) == (1, 1, 2)
     (made,) = book.collect(2.0)
     assert (made.battle, made.truncated) == ("x", True)
@@ -312,9 +312,9 @@ def test_any_order_within_the_settling_time_gives_the_transitions_of_the_right_o
 ) -> None:
     book = BattleBook(settle_s=2.5, idle_s=10.0)
     made: list[Transition] = []
-    for now, record in delivered:
-        book.add(record, now)
-        made += book.collect(now)
+    for moment, record in delivered:
+        book.add(record, moment)
+        made += book.collect(moment)
     made += book.collect(5.0)
     made += book.close(5.0)
     unique = {(record.battle, record.step): record for _, record in delivered}

@@ -64,6 +64,13 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     assert again.set_aside is None
 
 
+def test_a_durable_transaction_waits_for_the_disk(tmp_path: Path) -> None:
+    database = opened(tmp_path / "a.db")
+    with database.transaction(durable=True) as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert synchronous(database) == 1
+
+
 def test_a_failed_block_leaves_nothing_behind(tmp_path: Path) -> None:
     database = opened(tmp_path / "a.db")
 

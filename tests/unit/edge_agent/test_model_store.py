@@ -133,6 +133,18 @@ def test_a_manifest_that_leads_elsewhere_stores_nothing(tmp_path: Path) -> None:
     assert files(tmp_path) == sorted(f"chunks/{digest}" for digest in chunks)
 
 
+def test_no_more_is_written_than_the_model_may_have(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    chunks = staged(store)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(MODEL), before[1]))
+    try:
+        with pytest.raises(Rejected, match="more than"):
+            store.assemble(chunks * 100, sha(MODEL), len(MODEL))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_only_what_is_pinned_stays(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     kept, gone = store.put(MODEL), store.put(OTHER)

@@ -103,6 +103,8 @@ def test_after_a_rewind_everything_unacknowledged_is_sent_again(tmp_path: Path) 
     outbox.rewind()
     assert acknowledge(outbox, 5) == 2  # of what was sent before the rewind
     assert drain(outbox) == []
+    append(outbox, 1)
+    assert ranges(drain(outbox)) == [(6, 6, 1)]
 
 
 def test_an_old_or_foreign_acknowledgement_deletes_nothing(tmp_path: Path) -> None:
@@ -225,16 +227,21 @@ def test_rows_lost_with_a_file_that_is_damaged_while_the_agent_runs_are_counted(
     rows, epoch = outbox.rows, outbox.epoch
     outbox.close()
     with path.open("r+b") as file:
-        for page in range(8, path.stat().st_size // 4096, 2):
+        for page in range(path.stat().st_size // 8192, path.stat().st_size // 4096, 2):
             file.seek(page * 4096)
             file.write(b"\xa5" * 4096)
-    outbox = Outbox(path, max_bytes=QUICK_CHECK_BYTES * 4)
+    outbox = Outbox(path, max_bytes=QUICK_CHECK_BYTES * 4, window=1000)
     assert (outbox.set_aside, outbox.rows) == (None, rows)
+    sent = outbox.next_batch()
+    assert sent is not None
+    assert sent.last > 0
     with pytest.raises(Unavailable, match="damaged"):
         drain(outbox)
     assert outbox.set_aside == tmp_path / "outbox.db.corrupt-1"
     assert (outbox.rows, outbox.bytes, outbox.dropped, outbox.unacknowledged) == (0, 0, rows, 0)
     append(outbox, 2)
+    with pytest.raises(Rejected):
+        acknowledge(outbox, 1)
     assert ranges(drain(outbox)) == [(1, 2, 2)]
     assert outbox.epoch != epoch
     outbox.close()

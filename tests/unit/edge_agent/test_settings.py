@@ -77,7 +77,6 @@ def test_paths_are_taken_from_the_folder_of_the_file(config: Path) -> None:
         ("device = 'a/b'\n[slots.combat]", "device 'a/b' must be"),
         ("[slots.'a b']", "slot name 'a b' must be"),
         ("[slots.combat]\ndeadline_ms = 0", "toml:2: slots.combat.deadline_ms is 0; allowed: a number from 1"),
-        ("[slots.combat]\nswap = 'later'", 'toml:2: slots.combat.swap is "later"; allowed: "battle-end" or "now"'),
         ("[slots.combat]\ntrial_duty = 2.0", "toml:2: slots.combat.trial_duty is 2.0; allowed: a number, more than 0"),
         ("outbox.max_bytes = 5\n[slots.combat]", "toml:1: outbox.max_bytes is 5; allowed: a whole number from 1048576"),
         ("broker.hots = 'x'\n[slots.combat]", "toml:1: unknown key broker.hots; did you mean host?"),

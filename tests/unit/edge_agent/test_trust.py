@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,6 +151,12 @@ def test_accepts_a_new_timestamp_over_the_same_releases(trust: Trust, host: Host
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
 def test_unsigned(trust: Trust, host: Host, role: str) -> None:
     assert refusal(trust, host.set(**{role: []})) == ("unsigned", role)
+
+
+def test_a_place_for_a_signature_is_none(trust: Trust, host: Host) -> None:
+    envelope = msgspec.json.decode(host.publish(release()).timestamp)
+    envelope["signatures"][0]["sig"] = ""
+    assert refusal(trust, changed(host.set(), timestamp=msgspec.json.encode(envelope))) == ("unsigned", "timestamp")
 
 
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
@@ -397,7 +404,7 @@ def test_a_target_without_the_right_hash(trust: Trust, host: Host) -> None:
     assert refusal(trust, host.set()) == ("bad_release", "targets")
 
 
-class _Elsewhere(FetcherInterface):  # type: ignore[misc]
+class _Elsewhere(FetcherInterface):
     """Some other place that has metadata, in small pieces."""
 
     def __init__(self, source: SetFetcher, broken: str = "") -> None:
@@ -437,3 +444,21 @@ def test_leftovers_of_an_interrupted_write_are_removed(tmp_path: Path, host: Hos
         "targets.json",
         "timestamp.json",
     ]
+
+
+def test_what_was_accepted_is_on_the_disk_also_when_the_rest_of_the_set_is_refused(
+    tmp_path: Path, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    trust = Trust(tmp_path, host.roots[0])
+    old, new = host.publish(release(1)), host.publish(release(2))
+    assert refusal(trust, changed(new, snapshot=old.snapshot))[0] == "mixed"
+    kept = [tmp_path, tmp_path / "timestamp.json", tmp_path / "root_history", tmp_path / "root_history/1.root.json"]
+    assert {path.stat().st_ino for path in kept} <= synced

@@ -42,6 +42,11 @@ def test_the_same_seed_gives_the_same_result_and_another_one_another() -> None:
     assert evaluate(player, opponent, 3000, seed=6) != first
 
 
+def test_the_wins_are_the_players_and_not_its_opponents() -> None:
+    assert evaluate(ScriptedPlayer(), RandomPlayer(), 1000, seed=1).low > 0.8
+    assert evaluate(RandomPlayer(), ScriptedPlayer(), 1000, seed=1).high < 0.2
+
+
 def test_the_player_is_favoured_on_neither_side() -> None:
     result = evaluate(ScriptedPlayer(), ScriptedPlayer(), 4096, seed=1)
     assert result.low < result.losses / result.battles < result.high

@@ -177,15 +177,17 @@ def test_what_a_player_takes_is_said_and_played_whatever_the_answer(player: Expe
 
 
 def test_an_error_is_counted_by_its_code_and_the_battle_goes_on() -> None:
+    failed: list[Observation] = []
+
     def broken(asked: Observation) -> Decision:
-        if asked.battle == "test-3" and not asked.done:
+        if asked.battle == "test-3" and not asked.done and len(failed) < 2:
+            failed.append(asked)
             return msgspec.structs.replace(decision(asked, None), error=Problem(code="overloaded", text="too much"))
         return first_legal(asked)
 
     session = Session(plan())
-    published = by_battle(played(session, broken))
-    asked = [one for one in published["test-3"] if not one.done]
-    assert session.tally.errors == {"overloaded": len(asked)}
+    assert len(by_battle(played(session, broken))["test-3"]) > 3
+    assert session.tally.errors == {"overloaded": 2}
     assert session.tally.interrupted == 1
     assert session.tally.outcomes.battles == 12
     assert session.tally.by_version[1].battles == 11
@@ -202,7 +204,7 @@ def test_an_error_in_answer_to_a_farewell_is_counted_too() -> None:
     assert session.tally.interrupted == 12
 
 
-@pytest.mark.parametrize("action", [None, rules.SMASH, len(rules.ACTIONS), 10**6])
+@pytest.mark.parametrize("action", [None, -1, rules.SMASH, len(rules.ACTIONS), 10**6])
 def test_an_answer_that_is_no_legal_action_is_an_error(action: int | None) -> None:
     session = Session(plan(battles=40))
     played(session, lambda asked: decision(asked, action))

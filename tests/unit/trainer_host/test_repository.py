@@ -132,7 +132,14 @@ def test_versions_count_up_by_slot_and_only_the_newest_stay(repository: Reposito
         ("movement", 1),
     ]
     assert (repository.next_version("combat"), repository.next_version("movement")) == (8, 2)
-    assert repository.next_version("skill") == 1
+    assert repository.next_version("skill") == 0
+
+
+def test_a_slot_may_begin_with_version_0(repository: Repository) -> None:
+    repository.release(release_of(b"untrained", 0), b"untrained", NOW)
+    assert [release.version for release in repository.releases()] == [0]
+    assert repository.next_version("combat") == 1
+    assert _refused(repository, release_of(b"other", 0), b"other") == "stale_version"
 
 
 def _refused(repository: Repository, release: Release, model: bytes) -> str:
@@ -217,7 +224,7 @@ def test_keys_of_another_repository_are_refused(repository: Repository, tmp_path
         Repository(tmp_path / "repository", new_signers()).refresh(NOW)
 
 
-class _BrokenSigner(Signer):  # type: ignore[misc]
+class _BrokenSigner(Signer):
     """A token that was pulled out."""
 
     @classmethod

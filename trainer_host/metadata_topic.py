@@ -1,0 +1,61 @@
+"""The retained metadata set on the broker, kept as the repository has it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from protocol import topics
+from protocol.link import Link
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+REPAIR_S = 10.0
+
+
+class Source(Protocol):
+    """Where the set comes from: a `trainer_host.repository.Repository`."""
+
+    def metadata_set(self) -> bytes:
+        """The payload."""
+
+
+class MetadataTopic:
+    """Publishes the signed metadata set, and again when the broker holds another one.
+
+    Args:
+        source: What it is to hold; read again every few seconds, since other processes release models too.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._current = b""
+        self._foreign = False
+        self._look_at = 0.0
+        self._published_at = -REPAIR_S
+        self._unpublished = True
+
+    def changed(self) -> None:
+        """There may be something new, or nobody knows what the broker has: look and publish at the next tick."""
+        self._look_at = 0.0
+        self._unpublished = True
+
+    def heard(self, payload: bytes) -> None:
+        """The broker has this set: ours, an older one of ours, or somebody else's."""
+        self._foreign = payload != self._current
+
+    def tick(self, link: Link, now: float) -> None:
+        """Look into the repository, and publish what is new or was replaced."""
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            payload = self._source.metadata_set()
+            self._unpublished |= payload != self._current
+            self._current = payload
+        repair = self._foreign and now - self._published_at >= REPAIR_S
+        if link.connected and (self._unpublished or repair):
+            if repair and not self._unpublished:
+                log.warning("the broker held a metadata set that is not this host's; publishing ours again")
+            link.publish(topics.METADATA, self._current, qos=1, retain=True)
+            self._published_at = now
+            self._unpublished = self._foreign = False
