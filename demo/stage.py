@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -118,6 +119,15 @@ class Stage:
                         break
                     self.progress.append(json.loads(line))
                     self._progress_read += len(line.encode())
+
+    def stored(self) -> int:
+        """How many transitions the host's database holds."""
+        path = self.folder / "host" / "trainer-host.db"
+        if not path.exists():
+            return 0
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            (count,) = database.execute("SELECT count(*) FROM transitions").fetchone()
+        return int(count)
 
     @contextlib.contextmanager
     def game(self, name: str, **options: object) -> Iterator[Game]:

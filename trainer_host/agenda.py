@@ -16,6 +16,7 @@ from protocol.errors import EdgeswapError, Unavailable
 from protocol.link import HasFileno
 from trainer_host.inbox import Inbox, read_description
 from trainer_host.publisher import Outcome
+from trainer_host.recipes.recipe import Recipe
 from trainer_host.settings import AutoPublishSettings
 from trainer_host.store import SlotTotal
 from trainer_host.wiring import Parts
@@ -147,10 +148,14 @@ class Agenda:
             last = self._trained_at.get(name)
             if is_due(self._settings.auto_publish, total, None if last is None else now - last):
                 self._trained_at[name] = now
-                return Task(
-                    f"training {name}", lambda: self._parts.trainer.train(recipe, notes="trained by the running host")
-                )
+                return self._training(recipe)
         return None
+
+    def _training(self, recipe: Recipe) -> Task:
+        def work() -> Outcome:
+            return self._parts.trainer.train(recipe, notes="trained by the running host")
+
+        return Task(f"training {recipe.name}", work)
 
     def _refresh(self) -> None:
         self._parts.repository.refresh(datetime.now(UTC))

@@ -10,6 +10,9 @@ results together, which makes the true interval narrower: the rule errs towards 
 So a candidate that is worse by the margin or more passes with a probability of about 2.5%. With 4,000 battles the
 interval reaches at most 2.2 points down, so an equal candidate passes the default margin of five points with a
 probability above 99%.
+
+A candidate that replaces a model must also win a stated share of its battles. A slot's first model need not: what it
+replaces is the answer `no_model`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class GateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         battles: How many each model plays.
         seed: Of the battles.
         margin: How much worse than the current model's the win rate may be, as a share of the battles.
-        min_win_rate: Against the scripted opponent, whatever the current model does.
+        min_win_rate: Against the scripted opponent, of a model that replaces one.
         max_bytes: Size of the file.
         max_difference: Between scores of the network and of the exported file.
         min_agreement: Share of rows on which both choose the same action.
@@ -98,7 +101,7 @@ def judge_gate(
         failures.append(f"the file has {size_bytes} bytes, more than {settings.max_bytes}")
     if candidate is None:
         grounds.append("no validation battles for this slot")
-    elif candidate.rate < settings.min_win_rate:
+    elif current and candidate.rate < settings.min_win_rate:
         failures.append(f"it wins {candidate.rate:.1%} of its battles, less than {settings.min_win_rate:.1%}")
     low = None
     if candidate and current:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from typing import Protocol
 
 from protocol import topics
-from protocol.link import Link
+from protocol.errors import Unavailable
+from protocol.link import Broker, Link
 
 log = logging.getLogger(__name__)
 
@@ -59,3 +62,27 @@ class MetadataTopic:
             link.publish(topics.METADATA, self._current, qos=1, retain=True)
             self._published_at = now
             self._unpublished = self._foreign = False
+
+
+def publish_once(broker: Broker, client_id: str, payload: bytes, timeout_s: float = 10.0) -> None:
+    """Put a metadata set on the broker over a connection of its own, and wait until the broker has it.
+
+    Raises:
+        Unavailable: The broker did not take it within `timeout_s` seconds.
+        Misconfigured: As `Link`.
+    """
+    taken: list[int] = []
+    link = Link(broker, f"{client_id}-{os.getpid()}", on_message=lambda _: None, on_published=taken.append)
+    deadline = time.monotonic() + timeout_s
+    sent = False
+    try:
+        while not taken:
+            if time.monotonic() > deadline:
+                reason = f": {link.refusal}" if link.refusal else ""
+                raise Unavailable(f"the broker at {broker.url} did not take the metadata{reason}")
+            link.turn(0.1)
+            if link.connected and not sent:
+                link.publish(topics.METADATA, payload, qos=1, retain=True)
+                sent = True
+    finally:
+        link.close()

@@ -89,8 +89,9 @@ class Registry:
         if slot is not None:
             query = query.where(tables.models.c.slot == slot)
         with self._database.reading() as connection:
-            rows = connection.execute(query).mappings().all()
-        return [msgspec.convert(dict(row), Model) for row in reversed(rows)]
+            rows = connection.execute(query).all()
+        names = [column.name for column in tables.models.columns]
+        return [msgspec.convert(dict(zip(names, row, strict=True)), Model) for row in reversed(rows)]
 
     def _settle(self, number: int, **values: Any) -> None:
         with self._database.writing() as connection:

@@ -1,0 +1,289 @@
+"""`trainer-host`: from the command line to settings to the parts, and nothing else.
+
+Exit codes: 0 done, 1 a check failed or a model was refused, 2 the command or the configuration is wrong, 3 something
+outside is not available.
+
+Everything heavy is imported by the command that needs it, so that help and completion come at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from protocol import command_line
+from protocol.command_line import DONE, REFUSED, JsonFlag
+
+if TYPE_CHECKING:
+    from trainer_host.publisher import Outcome
+    from trainer_host.settings import Settings
+    from trainer_host.wiring import Parts
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a check failed or a model was refused, 2 the command or the configuration is wrong, "
+    "3 something outside is not available."
+)
+
+ConfigFile = Annotated[
+    Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
+]
+Which = Annotated[str, Parameter(help="Which recipe.")]
+Notes = Annotated[str, Parameter(help="For people; they travel with the release.")]
+
+app = App(
+    name="trainer-host",
+    help=f"Stores what devices play, learns from it, and releases signed models.\n\n{EXIT_CODES}",
+    version=importlib.metadata.version("edgeswap"),
+)
+keys_app = App(name="keys", help="The keys that sign releases.")
+app.command(keys_app)
+
+
+@app.command
+def run(*, config: ConfigFile = None) -> int:
+    """Store, train, sign and serve until SIGTERM or Ctrl-C."""
+    import signal  # noqa: PLC0415
+    from threading import Event  # noqa: PLC0415
+
+    from protocol import service  # noqa: PLC0415
+    from protocol.errors import EdgeswapError  # noqa: PLC0415
+    from trainer_host.daemon import Host  # noqa: PLC0415
+    from trainer_host.lock import only_daemon  # noqa: PLC0415
+    from trainer_host.wiring import assemble  # noqa: PLC0415
+
+    settings = _settings(config)
+    service.set_up_logging()
+    told: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _frame: told.append(number))
+    stop = Event()
+    try:
+        with only_daemon(Path(settings.state_dir)):
+            Host(assemble(settings, stop), stop).run(lambda: bool(told))
+    except EdgeswapError:
+        raise
+    except Exception:
+        logging.getLogger("trainer_host").exception("the host failed")
+        return REFUSED
+    return DONE
+
+
+@keys_app.command
+def init(*, config: ConfigFile = None) -> int:
+    """Make the four roles' keys and an empty repository; done once."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from protocol.errors import Misconfigured  # noqa: PLC0415
+    from trainer_host import keys  # noqa: PLC0415
+    from trainer_host.repository import Repository  # noqa: PLC0415
+
+    settings = _settings(config)
+    folder, passphrase = Path(settings.keys_dir), settings.passphrase()
+    repository = Repository(settings.repository_dir, lifetimes=settings.lifetimes)
+    if repository.exists or not (folder / keys.INDEX).exists():  # else the last attempt ended between the two
+        if repository.exists:
+            raise Misconfigured(f"{settings.repository_dir} already holds a repository")
+        keys.init(folder, passphrase)
+    signers = keys.load_signers(folder, passphrase=passphrase)
+    repository = Repository(settings.repository_dir, signers, lifetimes=settings.lifetimes)
+    repository.create(datetime.now(UTC))
+    root = Path(settings.state_dir) / "root.json"
+    root.write_bytes(repository.root())
+    encrypted = "encrypted" if passphrase else "not encrypted (set passphrase_file before, if they should be)"
+    sys.stdout.write(
+        f"Made the keys of four roles in {folder}, {encrypted}, and an empty repository in {settings.repository_dir}.\n"
+        f"{keys.offline_advice(folder)}\n"
+        f"Devices are provisioned with the root of trust: {root}\n"
+    )
+    return DONE
+
+
+@app.command
+def train(recipe: Which = "combat", *, notes: Notes = "", config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Train a recipe on what is stored, and release what passes the gate."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    from trainer_host import jobs  # noqa: PLC0415
+
+    parts = _releasing_parts(_settings(config))
+    chosen = parts.settings.recipe(recipe)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("validation accuracy {task.fields[accuracy]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"training {recipe}, epoch", total=chosen.learner.epochs, accuracy="?")
+
+        def progressed(epoch: jobs.Progress) -> None:
+            bar.update(task, completed=epoch.epoch, total=epoch.epochs, accuracy=f"{epoch.val_accuracy:.1%}")
+
+        outcome = parts.trainer.train(chosen, notes=notes, on_progress=progressed)
+    return _announced(parts, outcome, as_json=json)
+
+
+@app.command
+def publish(
+    file: Annotated[Path, Parameter(help="The model; a NAME.toml beside it, as in the inbox, says what it is.")],
+    *,
+    slot: Annotated[str | None, Parameter(help="Which slot it is for; by default as the TOML file says.")] = None,
+    notes: Notes = "",
+    config: ConfigFile = None,
+    json: JsonFlag = False,
+) -> int:
+    """Release a TFLite file that was made elsewhere, if it passes the gate."""
+    from msgspec.structs import replace  # noqa: PLC0415
+
+    from protocol.errors import Misconfigured  # noqa: PLC0415
+    from protocol.topics import checked_name  # noqa: PLC0415
+    from trainer_host.inbox import DESCRIPTION, Description, read_description  # noqa: PLC0415
+
+    parts = _releasing_parts(_settings(config))
+    beside = file.with_suffix(DESCRIPTION)
+    if beside.is_file():
+        description = read_description(beside)
+    elif slot is not None:
+        description = Description(slot=slot)
+    else:
+        raise Misconfigured(f"which slot is {file.name} for? Say so with --slot, or in {beside}")
+    description = replace(
+        description,
+        slot=checked_name(slot or description.slot, "slot"),
+        notes=notes or description.notes,
+    )
+    return _announced(parts, parts.publisher.deliver(file, description), as_json=json)
+
+
+@app.command
+def models(*, slot: str | None = None, limit: int = 20, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show the models there were, the newest last."""
+    import time  # noqa: PLC0415
+
+    from msgspec import to_builtins  # noqa: PLC0415
+
+    from trainer_host.database import Database  # noqa: PLC0415
+    from trainer_host.registry import Registry  # noqa: PLC0415
+
+    found = Registry(Database(_settings(config).database)).models(limit, slot)
+    rows = [
+        {
+            "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(model.created_at)),
+            "slot": model.slot,
+            "version": model.version or "",
+            "digest": model.digest[:8],
+            "origin": model.origin,
+            "state": model.state.value,
+            "transitions": model.lineage.transitions or "",
+            "accuracy": _share(model.lineage.metrics.get("decision_accuracy")),
+            "wins": _share(_win_rate(model.gate)),
+            "notes": model.reason or model.notes,
+        }
+        for model in found
+    ]
+    command_line.show(to_builtins(found) if json else rows, title="models", as_json=json)
+    return DONE
+
+
+@app.command
+def devices(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show every device that was seen, and what it serves."""
+    import time  # noqa: PLC0415
+
+    from trainer_host import fleet  # noqa: PLC0415
+    from trainer_host.database import Database  # noqa: PLC0415
+    from trainer_host.store import Store  # noqa: PLC0415
+
+    found = Store(Database(_settings(config).database)).devices()
+    rows = fleet.details(found) if json else fleet.table(found, time.time())
+    command_line.show(rows, title="devices", as_json=json)
+    return DONE
+
+
+@app.command
+def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show what is stored and released. Exit code 1 if the daemon is not running."""
+    from msgspec.json import encode, format  # noqa: A004, PLC0415
+
+    from trainer_host import overview  # noqa: PLC0415
+
+    found = overview.read(_settings(config))
+    if json:
+        sys.stdout.write(format(encode(found)).decode() + "\n")
+    else:
+        command_line.show(overview.facts(found), title="trainer-host")
+        command_line.show(overview.slot_rows(found), title="slots")
+        command_line.show(overview.battle_rows(found), title="battles by version (0: a human or a script chose)")
+    return DONE if found.running else REFUSED
+
+
+@app.command
+def doctor(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Check this host's set-up, and say what to do about each finding. Exit code 1 if a check failed."""
+    from trainer_host.doctor import examine  # noqa: PLC0415
+
+    return command_line.show_findings(examine(_settings(config)), as_json=json)
+
+
+@app.command
+def version() -> int:
+    """Print the version of this software."""
+    sys.stdout.write(importlib.metadata.version("edgeswap") + "\n")
+    return DONE
+
+
+def _settings(path: Path | None) -> Settings:
+    from trainer_host import settings  # noqa: PLC0415
+
+    return settings.load(path)
+
+
+def _releasing_parts(settings: Settings) -> Parts:
+    from protocol.errors import Misconfigured  # noqa: PLC0415
+    from trainer_host.wiring import assemble  # noqa: PLC0415
+
+    parts = assemble(settings)
+    if not parts.can_release:
+        raise Misconfigured(f"the targets key is not in {settings.keys_dir}: no release can be signed here")
+    return parts
+
+
+def _announced(parts: Parts, outcome: Outcome, *, as_json: bool) -> int:
+    """Say what became of a model, and put the metadata on the broker if it was released."""
+    from msgspec.json import encode  # noqa: PLC0415
+
+    from trainer_host.metadata_topic import publish_once  # noqa: PLC0415
+
+    sys.stdout.write((encode(outcome).decode() if as_json else outcome.text) + "\n")
+    sys.stdout.flush()
+    if not outcome.released:
+        return REFUSED
+    settings = parts.settings
+    publish_once(settings.broker, settings.client_id, parts.repository.metadata_set())
+    return DONE
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _win_rate(gate: dict[str, object] | None) -> float | None:
+    battles = gate.get("candidate") if gate else None
+    return battles[1] / battles[0] if isinstance(battles, list) and battles[0] else None
+
+
+def main() -> None:
+    """The console script."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # a daemon's warnings are no command's output
+    sys.exit(command_line.run(app))
+
+
+if __name__ == "__main__":
+    main()
