@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -56,14 +56,23 @@ def build() -> None:
             raise Misconfigured(f"cannot compile {name}.c; run scripts/setup.sh bench\n{error.stderr}") from error
 
 
-@contextmanager
-def echo(port: int, state: str, action: str) -> Iterator[None]:
+def echo(port: int, state: str, action: str) -> AbstractContextManager[None]:
     """The C echo, while it runs."""
-    process = subprocess.Popen([BUILD / "echo", str(port), state, action], stdout=subprocess.PIPE)
+    return _echo([str(BUILD / "echo"), str(port), state, action])
+
+
+def adapter_echo(port: int, state: str, action: str) -> AbstractContextManager[None]:
+    """The same in Python through `protocol.link`, while it runs."""
+    return _echo([sys.executable, "-m", "benchmarks.adapter_echo", str(port), state, action])
+
+
+@contextmanager
+def _echo(command: list[str]) -> Iterator[None]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         if process.stdout.readline() != b"ready\n":
-            raise Unavailable("the C echo cannot reach the broker")
+            raise Unavailable(f"{command[-4]} cannot reach the broker")
         yield
     finally:
         process.terminate()

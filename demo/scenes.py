@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from demo.attack import tampered
 from demo.screen import Screen
 from demo.stage import DEVICE, SLOT, Game, Stage, StepFailed
@@ -104,9 +102,7 @@ class Demo:
         (stage.folder / "host.toml").write_text(
             HOST_CONFIG.format(port=stage.broker.port, seed=self._seed, new=NEW_TRANSITIONS)
         )
-        (stage.folder / "agent.toml").write_text(
-            AGENT_CONFIG.format(device=DEVICE, port=stage.broker.port, slot=SLOT)
-        )
+        (stage.folder / "agent.toml").write_text(AGENT_CONFIG.format(device=DEVICE, port=stage.broker.port, slot=SLOT))
         self._trainer_host("keys", "init")
         (stage.folder / "root.json").write_bytes((stage.folder / "host" / "root.json").read_bytes())
         self._screen.fact("four Ed25519 keys made; the device is given the root of trust")
@@ -191,6 +187,7 @@ class Demo:
 
     def _await_commit(self, game: Game, version: int) -> None:
         with self._screen.moving() as moving:
+
             def tell() -> None:
                 moving.show(f"{self._phase()}   {_rates(game.report)}")
 
@@ -205,7 +202,10 @@ class Demo:
         self._gated_and_released(version)
         with self._screen.moving() as moving:
             event = self._stage.wait(
-                lambda: self._found("refused", version), 120.0, "the agent refuses it", lambda: moving.show(self._phase())
+                lambda: self._found("refused", version),
+                120.0,
+                "the agent refuses it",
+                lambda: moving.show(self._phase()),
             )
         verdict = event.verdict
         if event.reason != "slower" or verdict is None or not self._serves(1):
@@ -263,6 +263,7 @@ class Demo:
     def _watch(self, game: Game, limit_s: float) -> dict[str, Any]:
         """Show a game while it is played; its closing report."""
         with self._screen.moving() as moving:
+
             def tell() -> None:
                 moving.show(f"{_rates(game.report)}   {self._telemetry()}")
 
@@ -322,7 +323,8 @@ class Demo:
 
 
 def _win_rate(report: dict[str, Any]) -> str:
-    return f"wins {report['win_rate']:.1%} of {report['battles']} battles (95%: {report['low']:.1%} to {report['high']:.1%})"
+    interval = f"{report['low']:.1%} to {report['high']:.1%}"
+    return f"wins {report['win_rate']:.1%} of {report['battles']} battles (95%: {interval})"
 
 
 def _latency(report: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def history(*, slot: str | None = None, limit: int = 20, config: ConfigFile = No
             "when": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.at)),
             "event": event.kind,
             "slot": event.slot,
-            "model": f"{event.version} ({event.model[:8]})" if event.version else event.model[:8],
+            "model": f"{event.version} ({event.model[:8]})" if event.version is not None else event.model[:8],
             "what": event.text or event.reason,
         }
         for event in events

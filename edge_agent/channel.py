@@ -6,8 +6,10 @@ socket does not take stays in a bounded buffer, and a message that does not fit 
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+import time
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -46,7 +48,8 @@ class Channel(Generic[T]):
         """Send without waiting.
 
         Returns:
-            False if the message was dropped: the other side has gone, or has not read for so long that the buffer is full.
+            False if the message was dropped: the other side has gone, or has not read for so long that the buffer is
+            full.
         """
         data = _encoder.encode(message)
         if self.closed or len(self._outgoing) + len(data) > MAX_BUFFERED_BYTES:
@@ -68,6 +71,14 @@ class Channel(Generic[T]):
             self.close()
             return
         del self._outgoing[:sent]
+
+    def drain(self, timeout_s: float) -> bool:
+        """Before a process ends: wait until the other side has taken what is buffered. Returns whether it has."""
+        deadline = time.monotonic() + timeout_s
+        while self._outgoing and not self.closed and (left_s := deadline - time.monotonic()) > 0:
+            select.select([], [self], [], left_s)
+            self.flush()
+        return not self._outgoing
 
     def receive(self) -> list[T]:
         """All messages that have arrived whole. Sets `closed` when the other side has gone.

@@ -1,7 +1,7 @@
 """The supervisor's child processes: how they are started, and what is said to worker and trial.
 
-Every child is `python -m edge_agent.<module> --fd N`, with one end of a socket pair. Its first message is its assignment. A child
-whose supervisor has gone sees its channel closed, and ends.
+Every child is `python -m edge_agent.<module> --fd N`, with one end of a socket pair. Its first message is its
+assignment. A child whose supervisor has gone sees its channel closed, and ends.
 """
 
 from __future__ import annotations
@@ -171,7 +171,14 @@ class CandidateFailed(Struct, frozen=True, kw_only=True, tag=True):
     text: str
 
 
-FromTrial = TrialReady | TimedPairs | CandidateFailed
+class BaselineFailed(Struct, frozen=True, kw_only=True, tag=True):
+    """The old model cannot be loaded, or gave an error: there is nothing to compare with. The new one is not to blame."""
+
+    reason: str
+    text: str
+
+
+FromTrial = TrialReady | TimedPairs | CandidateFailed | BaselineFailed
 
 
 class Child(Generic[T]):

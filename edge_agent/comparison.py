@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from edge_agent.children import CandidateFailed, Child, FromTrial, RecentInputs, TimedPairs, TrialReady
+from edge_agent.children import BaselineFailed, CandidateFailed, Child, FromTrial, RecentInputs, TimedPairs, TrialReady
 from protocol.messages import Verdict
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Comparison:
         timed_out: It has run for its whole time without a decision.
         died: The process has ended by itself.
         failure: What the candidate did wrong, as `(reason, text)`.
+        baseline_failed: The old model failed, so that there is nothing to compare with.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Comparison:
         self.timed_out = False
         self.died = False
         self.failure: tuple[str, str] | None = None
+        self.baseline_failed = False
         self._judge = judge
         self._throttled = throttled
         self._ends_at = now + limit_s
@@ -68,6 +70,9 @@ class Comparison:
                     self._hear(message.pairs)
                 case CandidateFailed():
                     self.failure = (message.reason, message.text)
+                case BaselineFailed():
+                    log.error("trial %d: the old model failed: %s", self.child.pid, message.text)
+                    self.baseline_failed = True
                 case TrialReady():
                     log.info("trial %d: the second model took %.1f MB", self.child.pid, message.memory_bytes / 1e6)
         self.died = self.child.channel.closed and not self.ended
@@ -86,7 +91,7 @@ class Comparison:
     @property
     def ended(self) -> bool:
         """Whether there is something to tell."""
-        return self.decided or self.timed_out or self.died or self.failure is not None
+        return self.decided or self.timed_out or self.died or self.baseline_failed or self.failure is not None
 
     def verdict(self) -> Verdict:
         """The judge's verdict on what was heard."""

@@ -1,8 +1,9 @@
 """The workers of one slot: who serves, who is about to, who leaves.
 
-Level-triggered: the owner says what should be served (`want`), and `tick` starts, joins, dismisses and replaces workers until that is so. A swap is
-a handover: the new worker loads beside the old one, joins its shared subscription, and only when the broker has confirmed that is the old one told
-to leave; it answers what it still has. A worker that dies is replaced at once, one that dies again and again after a growing pause.
+Level-triggered: the owner says what should be served (`want`), and `tick` starts, joins, dismisses and replaces workers
+until that is so. A swap is a handover: the new worker loads beside the old one, joins its shared subscription, and only
+when the broker has confirmed that is the old one told to leave; it answers what it still has. A worker that dies is
+replaced at once, one that dies again and again after a growing pause.
 """
 
 from __future__ import annotations

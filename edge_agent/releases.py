@@ -1,4 +1,4 @@
-"""What verified metadata said about the models on this device, so that they can be served without verifying it again."""
+"""What verified metadata said about the models on this device: they can be served without verifying it again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.durable import write_durably
+from edge_agent.durable import disk_errors, write_durably
 from protocol.release import Release
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,18 @@ class Releases:
         if digest not in self._known and (path := self._path(digest)).exists():
             try:
                 self._known[digest] = msgspec.json.decode(path.read_bytes(), type=Release)
-            except (msgspec.DecodeError, OSError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
                 log.error("cannot read %s: %s", path, error)
         return self._known.get(digest)
 
     def collect(self, pinned: Collection[str]) -> None:
-        """Forget all but `pinned`."""
-        for path in self._folder.glob("*.json"):
-            if path.stem not in pinned:
+        """Forget all but `pinned`.
+
+        Raises:
+            Unavailable: The disk failed.
+        """
+        with disk_errors(self._folder, 0):
+            for path in [path for path in self._folder.glob("*.json") if path.stem not in pinned]:
                 path.unlink(missing_ok=True)
                 self._known.pop(path.stem, None)
 

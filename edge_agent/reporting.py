@@ -11,6 +11,7 @@ import msgspec
 from edge_agent.state import StateStore
 from protocol import topics
 from protocol.codec import encode
+from protocol.errors import Unavailable
 from protocol.link import Link
 from protocol.messages import Event, Status, Telemetry
 
@@ -44,7 +45,10 @@ class Reporting:
         fields = {"SLOT": event.slot, "MODEL": event.model, "VERDICT": event.verdict.outcome if event.verdict else ""}
         extra = {name: value for name, value in fields.items() if value}
         log.info("%s: %s", event.kind, event.text or event.reason, extra=extra)
-        self._state.add_event(event)
+        try:
+            self._state.add_event(event)
+        except Unavailable as error:
+            log.error("the audit trail on this disk misses an event: %s", error)
         self._unsent.append(event)
 
     def telemetry(self, link: Link, telemetry: Telemetry) -> None:
@@ -72,6 +76,7 @@ class Reporting:
 
     def leaving(self, link: Link) -> None:
         """Say that the device goes on purpose."""
+        self._status_file.unlink(missing_ok=True)
         if link.connected:
             link.publish(topics.fleet(self._device, "availability"), OFFLINE, qos=1, retain=True)
 
@@ -87,5 +92,3 @@ class Reporting:
 
 def _without_time(status: Status) -> Status:
     return msgspec.structs.replace(status, at=0.0)
-
-

@@ -1,7 +1,7 @@
 """The only import of a TFLite interpreter.
 
-`ai-edge-litert` is taken where it is installed, else `tflite-runtime`; both offer the same interface. Only processes that
-run models import this module: the supervisor never does.
+`ai-edge-litert` is taken where it is installed, else `tflite-runtime`; both offer the same interface. Only processes
+that run models import this module: the supervisor never does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Model:
         threads: How many threads the runtime may use for one inference.
 
     Raises:
-        Rejected: With code `bad_model` when the runtime refuses it, or it has not exactly one float32 input `(1, n)` and one output
+        Rejected: With code `bad_model` when the runtime refuses it, or it has not exactly one float32 input `(1, n)`
+            and one output
             `(1, m)`.
     """
 
@@ -56,7 +57,9 @@ class Model:
         self.inputs = tuple(_tensor(detail) for detail in self._interpreter.get_input_details())
         self.outputs = tuple(_tensor(detail) for detail in self._interpreter.get_output_details())
         if not (_is_vector(self.inputs) and _is_vector(self.outputs)):
-            raise Rejected("bad_model", f"expected one float32 vector in and one out, not {self.inputs} and {self.outputs}")
+            raise Rejected(
+                "bad_model", f"expected one float32 vector in and one out, not {self.inputs} and {self.outputs}"
+            )
         self._input = self._interpreter.get_input_details()[0]["index"]
         self._output = self._interpreter.get_output_details()[0]["index"]
         self._batch = np.zeros(self.inputs[0].shape, np.float32)
@@ -81,8 +84,12 @@ class Model:
             Scores, shape `(output_length,)`.
 
         Raises:
-            Rejected: With code `inference_failed` when the runtime reports an error.
+            Rejected: With code `wrong_length` when there are more or fewer features, `inference_failed` when the
+                runtime
+                reports an error.
         """
+        if len(features) != self.input_length:  # NumPy would spread a single one over all
+            raise Rejected("wrong_length", f"{len(features)} features, the model takes {self.input_length}", "features")
         self._batch[0] = features
         try:
             self._interpreter.set_tensor(self._input, self._batch)
@@ -91,7 +98,6 @@ class Model:
             raise Rejected("inference_failed", str(error)) from error
         scores: Vector = self._interpreter.get_tensor(self._output)[0]
         return scores
-
 
     def warm_up(self, calls: int = 20) -> None:
         """Run some inferences on zeros, so that the first real one finds caches and threads as later ones do."""
@@ -124,4 +130,4 @@ def _tensor(detail: dict[str, Any]) -> Tensor:
 
 
 def _is_vector(tensors: tuple[Tensor, ...]) -> bool:
-    return len(tensors) == 1 and tensors[0].dtype == "float32" and len(tensors[0].shape) == 2 and tensors[0].shape[0] == 1
+    return len(tensors) == 1 and tensors[0].dtype == "float32" and [*tensors[0].shape[:-1]] == [1]

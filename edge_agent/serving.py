@@ -1,7 +1,7 @@
 """From an observation's bytes to the answer's: everything a worker decides, without a clock or a connection.
 
-The order of checks is fixed, so one fault gives one answer: payload, schema version, features (present, encodable, length,
-finite), legal mask, inference. A battle's last observation (`done`) is recorded and answered without an action.
+The order of checks is fixed, so one fault gives one answer: payload, schema version, features (present, encodable,
+length, finite), legal mask, inference. A battle's last observation (`done`) is recorded and answered without an action.
 
 Behaviour is greedy: the legal action with the highest score, so its propensity is 1.
 """
@@ -58,12 +58,15 @@ class Policy:
             raise Rejected(ErrorCode.MALFORMED, "an observation needs features or state", "features")
         expected = self._model.input_length
         if len(values) != expected:
-            raise Rejected(ErrorCode.WRONG_LENGTH, f"{field} has {len(values)} numbers, the model takes {expected}", field)
+            text = f"{field} has {len(values)} numbers, the model takes {expected}"
+            raise Rejected(ErrorCode.WRONG_LENGTH, text, field)
         vector = np.array(values, np.float32)
         if not math.isfinite(vector.sum()):
             for index in np.flatnonzero(~np.isfinite(vector)):
                 raise Rejected(
-                    ErrorCode.NOT_FINITE, f"{field}[{index}] is {values[index]!r:.40}, no finite float32", f"{field}[{index}]"
+                    ErrorCode.NOT_FINITE,
+                    f"{field}[{index}] is {values[index]!r:.40}, no finite float32",
+                    f"{field}[{index}]",
                 )
         return vector
 
@@ -135,9 +138,7 @@ class Responder:
         try:
             return self._decision(asked, at, records)
         except Rejected as error:
-            return Decision(
-                battle=asked.battle, step=asked.step, actor=asked.actor, id=asked.id, error=_problem(error)
-            )
+            return Decision(battle=asked.battle, step=asked.step, actor=asked.actor, id=asked.id, error=_problem(error))
 
     def _decision(self, asked: Observation, at: float, records: list[Served]) -> Decision:
         if asked.v != SCHEMA_VERSION:
@@ -150,7 +151,8 @@ class Responder:
         if asked.reward is not None and not math.isfinite(asked.reward):
             raise Rejected(ErrorCode.NOT_FINITE, f"reward is {asked.reward}", "reward")
         if asked.taken is not None and asked.taken >= policy.actions:
-            raise Rejected(ErrorCode.MALFORMED, f"taken is {asked.taken}, the model has {policy.actions} actions", "taken")
+            text = f"taken is {asked.taken}, the model has {policy.actions} actions"
+            raise Rejected(ErrorCode.MALFORMED, text, "taken")
         action, scores = (None, []) if asked.done else self._choose(policy, vector, asked.legal)
         played = asked.taken if asked.taken is not None and not asked.done else action
         records.append(

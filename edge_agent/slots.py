@@ -1,12 +1,13 @@
 """One slot: its deployment state, its workers, its trial or watch.
 
-The deployment machine decides, this object carries out. A new state is on disk before its actions run, and who serves follows from
-the state alone: the workers are told what the state says is active, and make it so.
+The deployment machine decides, this object carries out. A new state is on disk before its actions run, and who serves
+follows from the state alone: the workers are told what the state says is active, and make it so.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import struct
 from collections import Counter, deque
@@ -41,12 +42,17 @@ from edge_agent.histogram import Histogram
 from edge_agent.judge import JudgeSettings, TrialJudge, WatchJudge
 from edge_agent.settings import SlotSettings
 from edge_agent.state import StateStore
+from protocol.errors import Unavailable
 from protocol.messages import Event, ModelRef, SlotCounters, SlotStatus, Verdict
 from protocol.release import Release
 
 log = logging.getLogger(__name__)
 
 RECENT_STATES = 256
+RECENT_BYTES = 1024 * 1024
+MAX_UNDECIDED = 64
+SAVE_AGAIN_S = 1.0
+FLOAT_BYTES = 4
 
 _SAID = {
     "staged": "is here, verified and qualified",
@@ -106,6 +112,9 @@ class Slot:
         self._around = around
         self._clean = clean
         self._comparison: Comparison | None = None
+        self._shared_length: int | None = None
+        self._undecided: deque[deployment.Event] = deque()
+        self._save_at = 0.0
         self._recent: deque[bytes] = deque(maxlen=RECENT_STATES)
         self._answered = 0
         self._errors: Counter[str] = Counter()
@@ -154,9 +163,11 @@ class Slot:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
+        if self._undecided and now >= self._save_at:
+            self._decide(now)
         self.workers.tick(now)
         if self._comparison is not None:
-            self._comparison.tick(now, self._recent)
+            self._comparison.tick(now, self._recent_inputs())
             if self._comparison.ended:
                 self._conclude(self._comparison, now)
 
@@ -196,13 +207,30 @@ class Slot:
         )
 
     def _feed(self, event: deployment.Event, now: float) -> None:
-        step = deployment.step(self.state, event)
-        if step.state != self.state:
-            self._around.state.save(self.name, deployment.encode(step.state))
-            self.state = step.state
         self._serve_active()
-        for action in step.actions:
-            self._carry_out(action, now)
+        if len(self._undecided) == MAX_UNDECIDED:
+            log.error("%s: too much has happened while the disk takes nothing; forgetting %s", self.name, event)
+            return
+        self._undecided.append(event)
+        if now >= self._save_at:
+            self._decide(now)
+
+    def _decide(self, now: float) -> None:
+        """Take what has happened, in order; what cannot be made durable now, a little later."""
+        while self._undecided:
+            step = deployment.step(self.state, self._undecided[0])
+            if step.state != self.state:
+                try:
+                    self._around.state.save(self.name, deployment.encode(step.state))
+                except Unavailable as error:
+                    log.error("%s: cannot go on to %s: %s", self.name, type(step.state).__name__, error)
+                    self._save_at = now + SAVE_AGAIN_S
+                    return
+                self.state = step.state
+            self._undecided.popleft()
+            self._serve_active()
+            for action in step.actions:
+                self._carry_out(action, now)
 
     def _serve_active(self) -> None:
         active = self.state.active
@@ -246,6 +274,9 @@ class Slot:
         seed = secrets.randbits(32)
         judge = TrialJudge(JudgeSettings(max_pairs=self._settings.trial_max_pairs), seed)
         child = self._start_trial(active, candidate, seed, interval_s=0.0)
+        if child is None:
+            self._feed(TrialInconclusive(judge.verdict()), now)
+            return
         self._comparison = Comparison(
             child, judge, limit_s=self._settings.trial_seconds, throttled=self._around.throttled, now=now
         )
@@ -254,21 +285,33 @@ class Slot:
         seed = secrets.randbits(32)
         judge = WatchJudge(JudgeSettings(), watch.ratio, seed)
         child = self._start_trial(watch.previous, watch.active, seed, interval_s=self._settings.watch_interval_s)
+        if child is None:
+            self._feed(WatchQuieted(), now)
+            return
         self._comparison = Comparison(
             child, judge, limit_s=self._settings.watch_seconds, throttled=self._around.throttled, now=now
         )
 
-    def _start_trial(self, old: ModelRef, new: ModelRef, seed: int, interval_s: float) -> Child[FromTrial]:
+    def _start_trial(self, old: ModelRef, new: ModelRef, seed: int, interval_s: float) -> Child[FromTrial] | None:
+        """Run two models side by side; `None` if what was known of one of them is lost."""
         self._end_comparison()
         old_release, new_release = self._around.release(old.digest), self._around.release(new.digest)
         old_file, new_file = self._around.model_file(old.digest), self._around.model_file(new.digest)
-        assert old_release and new_release and old_file and new_file, "only what was staged is compared"
-        if old_release.inputs == new_release.inputs and self._recent:
-            old_inputs = new_inputs = list(self._recent)
-        else:
+        if old_release is None or new_release is None or old_file is None or new_file is None:
+            log.error(
+                "%s: the release of version %d or %d is damaged: no comparison", self.name, old.version, new.version
+            )
+            return None
+        same = old_release.inputs == new_release.inputs
+        self._shared_length = math.prod(old_release.inputs[0].shape) if same else None
+        old_inputs = new_inputs = self._recent_inputs()
+        if not old_inputs:
             count = min(len(old_release.golden.inputs), len(new_release.golden.inputs))
             old_inputs = [_packed(vector) for vector in old_release.golden.inputs[:count]]
             new_inputs = [_packed(vector) for vector in new_release.golden.inputs[:count]]
+        if not old_inputs:
+            old_inputs = [_zeros(old_release)]
+            new_inputs = [_zeros(new_release)]
         assignment = TrialAssignment(
             old=old_file,
             new=new_file,
@@ -281,6 +324,14 @@ class Slot:
         )
         return children.start("trial", assignment, FromTrial, f"trial of {self.name}")
 
+    def _recent_inputs(self) -> list[bytes]:
+        """The newest states that both models of the comparison take, as many as fit one message."""
+        if self._shared_length is None:
+            return []
+        size = FLOAT_BYTES * self._shared_length
+        fitting = [features for features in self._recent if len(features) == size]
+        return fitting[-max(RECENT_BYTES // size, 1) :]
+
     def _end_comparison(self) -> None:
         if self._comparison is not None:
             self._comparison.stop()
@@ -292,11 +343,11 @@ class Slot:
         comparison.stop()
         state = self.state
         watching = isinstance(state, Watch)
-        if comparison.died:
-            self._feed(TrialDied(), now)
-        elif comparison.failure is not None:
+        if comparison.failure is not None:
             self._feed(TrialFailed(*comparison.failure), now)
-        elif watching:
+        elif comparison.died:
+            self._feed(TrialDied(), now)
+        elif watching:  # without a working old model there is nothing to watch with, nor to go back to
             self._feed(WatchAlarmed(comparison.verdict()) if comparison.decided else WatchQuieted(), now)
         else:
             self._feed(_trial_ended(comparison.verdict()), now)
@@ -305,7 +356,7 @@ class Slot:
 
     def _served(self, records: Records) -> None:
         self._around.record(records)
-        self._recent.extend(served.features for served in records.served)
+        self._recent.extend(served.features for served in records.served if served.features)
 
     def _beat(self, beat: Beat) -> None:
         self._answered += beat.answered
@@ -346,6 +397,10 @@ def _sentence(report: Report) -> str:
             f"new {verdict.new_us_p50:.0f}/{verdict.new_us_p99:.0f} µs"
         )
     return ": ".join(parts)
+
+
+def _zeros(release: Release) -> bytes:
+    return bytes(FLOAT_BYTES * math.prod(release.inputs[0].shape))
 
 
 def _packed(vector: tuple[float, ...]) -> bytes:

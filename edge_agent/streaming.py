@@ -51,12 +51,15 @@ class Streaming:
 
     def acknowledged(self, payload: bytes) -> None:
         """Forget what the host has committed."""
+        known = self.outbox.acked
         try:
             self.outbox.acknowledge(_acks.decode(payload))
         except Rejected as error:
             log.warning("refused an acknowledgement: %s", error)
-            return
-        self._unanswered_since = None
+        except Unavailable as error:
+            log.error("cannot take an acknowledgement; what it is for will be sent again: %s", error)
+        if self.outbox.acked > known:
+            self._unanswered_since = None
 
     def reconnected(self) -> None:
         """Send again what was under way when the connection was lost."""
@@ -68,7 +71,10 @@ class Streaming:
         if now >= self._collect_at:
             self._collect_at = now + COLLECT_S
             self._store(self.book.collect(now))
-            self._send(link, now)
+            try:
+                self._send(link, now)
+            except Unavailable as error:
+                log.error("cannot send transitions: %s", error)
 
     def close(self, now: float) -> None:
         """Put on disk what is still in memory, and close it."""
@@ -96,5 +102,5 @@ class Streaming:
             self.reconnected()
         while link.connected and (batch := self.outbox.next_batch()) is not None:
             link.publish(self._topic, codec.compress(batch), qos=1)
-            if self._unanswered_since is None:
-                self._unanswered_since = now
+        if self._unanswered_since is None and self.outbox.unacknowledged:
+            self._unanswered_since = now

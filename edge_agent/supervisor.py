@@ -1,7 +1,7 @@
 """The daemon's main process: one thread, one loop, one connection, and the children.
 
-It imports neither NumPy nor an interpreter. Answers do not pass through it: workers speak to the broker themselves, so nothing
-that is done here can delay one.
+It imports neither NumPy nor an interpreter. Answers do not pass through it: workers speak to the broker themselves, so
+nothing that is done here can delay one.
 """
 
 from __future__ import annotations
@@ -187,9 +187,8 @@ class Supervisor:
         self._reporting.event(Event(at=time.time(), kind="metadata_refused", reason=reason, text=text))
 
     def _stager_died(self, digest: str, how: str) -> None:
-        self._reporting.event(
-            Event(at=time.time(), kind="stager_died", model=digest, reason="stager_died", text=f"the stager ended: {how}")
-        )
+        text = f"the stager ended: {how}"
+        self._reporting.event(Event(at=time.time(), kind="stager_died", model=digest, reason="stager_died", text=text))
         self._tell(digest, StagerDied())
 
     def _tell(self, digest: str, event: ModelStaged | ModelRefused | StagingPostponed | StagerDied) -> None:
@@ -207,8 +206,8 @@ class Supervisor:
             model_file=self._model_file,
             release=self._releases.get,
             start_worker=lambda model: self._start_worker(slot, model),
-            stage=lambda digest: self._updates.stage(digest),
-            cancel=lambda digest: self._updates.cancel(digest),
+            stage=self._updates.stage,
+            cancel=self._updates.cancel,
             report=self._reporting.event,
             record=lambda records: self._streaming.record(records, time.monotonic()),
             throttled=self._sensors.throttled_now,
@@ -219,9 +218,7 @@ class Supervisor:
         release = self._releases.get(digest)
         if release is None:
             return None
-        return ModelFile(
-            digest=digest, version=release.version, folder=str(self._folder), features=release.features
-        )
+        return ModelFile(digest=digest, version=release.version, folder=str(self._folder), features=release.features)
 
     def _start_worker(self, slot: str, model: ModelFile | None) -> Child[FromWorker]:
         settings = self._settings.slots[slot]

@@ -1,7 +1,8 @@
 """The process that runs two models side by side and reports how long each took.
 
-Both interpreters live in this one process and thread. A pair is one state, both models, back to back, in an order decided by a
-seeded fair coin; every pair is reported. Between pairs the process sleeps, so that it uses no more than its share of a core.
+Both interpreters live in this one process and thread. A pair is one state, both models, back to back, in an order
+decided by a seeded fair coin; every pair is reported. Between pairs the process sleeps, so that it uses no more than
+its share of a core.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import psutil  # type: ignore[import-untyped]
 from edge_agent import runtime
 from edge_agent.channel import Channel
 from edge_agent.children import (
+    BaselineFailed,
     CandidateFailed,
     ModelFile,
     RecentInputs,
@@ -40,6 +42,7 @@ log = logging.getLogger("edge_agent.trial")
 BLOCK_S = 0.005
 MAX_BLOCK_PAIRS = 128
 MIN_REST_S = 0.02
+LAST_WORDS_S = 2.0
 
 
 class CandidateBroken(Rejected):
@@ -71,8 +74,7 @@ class Trial:
         self._coin = coin(assignment.seed)
         self._pick = random.Random(assignment.seed + 1)
         self._inputs = [
-            (_vector(old), _vector(new))
-            for old, new in zip(assignment.old_inputs, assignment.new_inputs, strict=True)
+            (_vector(old), _vector(new)) for old, new in zip(assignment.old_inputs, assignment.new_inputs, strict=True)
         ]
 
     def run(self) -> None:
@@ -159,6 +161,9 @@ def main() -> int:
         Trial(assignment, channel).run()
     except CandidateBroken as error:
         channel.send(CandidateFailed(reason=error.code, text=error.text))
+    except Rejected as error:
+        channel.send(BaselineFailed(reason=error.code, text=error.text))
+    channel.drain(LAST_WORDS_S)
     return 0
 
 

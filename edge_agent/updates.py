@@ -1,7 +1,8 @@
 """The supervisor's side of an update: from the signed metadata set on the broker to a qualified model in the store.
 
-The set is written to disk as it came, and a stager child is started: it alone verifies, fetches and qualifies. Verified releases
-are offered to the slots; those that want theirs staged say so, and the stager goes on. One stager runs at a time.
+The set is written to disk as it came, and a stager child is started: it alone verifies, fetches and qualifies. Verified
+releases are offered to the slots; those that want theirs staged say so, and the stager goes on. One stager runs at a
+time.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Updates:
         self._on_stager_died = on_stager_died
         self._stager: Child[FromStager] | None = None
         self._verified = False
+        self._settled = False
+        self._stopped = False
         self._heard_at = 0.0
         self._wanted: list[str] = []
         self._current: str | None = None
@@ -113,6 +116,7 @@ class Updates:
 
     def cancel(self, digest: str) -> None:
         """Stop staging a model."""
+        self.progress.pop(digest, None)
         if digest in self._wanted:
             self._wanted.remove(digest)
         if digest == self._current and self._stager is not None:
@@ -125,11 +129,13 @@ class Updates:
         if self._stager is not None and now - self._heard_at > STALL_LIMIT_S:
             log.error("the stager gives no sign; killing it")
             self._stager.process.kill()
-            self._ended(self._stager)
+            self._ended(self._stager, now)
+        if self._stopped:
+            return
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at, self._fresh = None, True
         if self._fresh and self._stager is None and self._metadata_file.exists():
-            self._fresh, self._verified = False, False
+            self._fresh = self._verified = self._settled = False
             self._heard_at = now
             self._stager = start("stager", self._settings, FromStager, "stager")
 
@@ -139,10 +145,11 @@ class Updates:
         for message in child.channel.receive():
             self._heard(message, now)
         if child.channel.closed and child is self._stager:
-            self._ended(child)
+            self._ended(child, now)
 
     def stop(self) -> None:
-        """End the stager; what it has fetched stays on disk."""
+        """End the stager and start no other; what it has fetched stays on disk."""
+        self._stopped = True
         if self._stager is not None:
             self._stager.kill()
             self._stager = None
@@ -150,10 +157,11 @@ class Updates:
     def _heard(self, message: FromStager, now: float) -> None:
         match message:
             case MetadataVerified():
-                self._verified = True
+                self._verified = self._settled = True
                 self.metadata_version = message.version
                 self._on_verified(message.version, message.releases)
             case MetadataRefused():
+                self._settled = message.reason != "unavailable"
                 self._on_metadata_refused(message.reason, message.text)
             case Progress():
                 self.progress[message.digest] = message.bytes / max(message.total, 1)
@@ -165,8 +173,7 @@ class Updates:
                 self._on_refused(message.digest, message.reason, message.text)
             case Postponed():
                 self._done(message.digest)
-                self._retry_at = now + self._retry_s * random.uniform(0.75, 1.25)
-                self._retry_s = min(self._retry_s * 2, LAST_RETRY_S)
+                self._retry_later(now)
                 self._on_postponed(message.digest, message.reason, message.text)
         self._next()
 
@@ -184,14 +191,23 @@ class Updates:
             self._current = self._wanted[0]
             self._stager.channel.send(StageModel(self._current))
         else:
+            self._verified = False  # what is wanted from now on is for the next one
             self._stager.channel.send(Quit())
 
-    def _ended(self, child: Child[FromStager]) -> None:
+    def _retry_later(self, now: float) -> None:
+        self._retry_at = now + self._retry_s * random.uniform(0.75, 1.25)
+        self._retry_s = min(self._retry_s * 2, LAST_RETRY_S)
+
+    def _ended(self, child: Child[FromStager], now: float) -> None:
         child.kill()
         self._stager = None
         digest, self._current = self._current, None
         if digest is not None:
             self._wanted.remove(digest)
+            self.progress.pop(digest, None)
             self._on_stager_died(digest, child.how_it_ended())
-        elif self._wanted:
-            self._fresh = True
+        elif self._wanted or not self._settled:
+            log.warning(
+                "the metadata set could not be used (stager: %s); looking at it again later", child.how_it_ended()
+            )
+            self._retry_later(now)

@@ -46,12 +46,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("edge_agent.worker")
 
-IDLE_S = 0.25
+IDLE_S = 0.1
+REPORT_S = 0.1
 BEAT_S = 1.0
 QUIET_S = 0.5
 BURST = 16
+MAX_WAITING = 1024
 MAX_RECORDS = 64
 MAX_KEPT_RECORDS = 4096
+MAX_REPORT_BYTES = 1024 * 1024
+RECORD_OVERHEAD_BYTES = 1024
+LAST_WORDS_S = 2.0
 
 
 class Worker:
@@ -75,10 +80,11 @@ class Worker:
         self._errors: Counter[str] = Counter()
         self._histogram = Histogram()
         self._answer_s = 0.0
+        self._report_at = 0.0
         self._leaving_packet: int | None = None
         self._left_at: float | None = None
         self._heard_at = 0.0
-        self._was_connected = False
+        self._joined = False
         slot = "+" if assignment.front_desk else assignment.slot
         group = f"{assignment.device}-{assignment.slot}"
         self._filter = topics.shared(group, topics.state(assignment.device, slot))
@@ -100,14 +106,17 @@ class Worker:
                 self._listen()
             self._answer_burst()
             now = time.monotonic()
-            if len(self._records) >= MAX_RECORDS or not self._waiting:
+            if len(self._records) >= MAX_RECORDS or now >= self._report_at:
+                self._report_at = now + REPORT_S
                 self._report()
             if now - beat_at >= BEAT_S:
                 beat_at = now
                 self._beat()
         self._report()
+        self._beat()
         self._link.close()
-        self._channel.flush()
+        if not self._channel.drain(LAST_WORDS_S):
+            log.warning("%s: the supervisor did not hear everything", self._assignment.slot)
 
     def _listening(self) -> list[Channel[ToWorker]]:
         return [] if self._channel.closed else [self._channel]
@@ -127,7 +136,7 @@ class Worker:
             self._leaving_packet = self._link.unsubscribe(self._filter)
 
     def _finished(self, now: float) -> bool:
-        """After the broker has confirmed the leaving, it may still deliver what it had queued: wait until it is quiet."""
+        """Whether the broker has confirmed the leaving, and has been quiet since: it may deliver what it had queued."""
         if self._leaving_packet is not None and self._left_at is None and not self._link.connected:
             self._left_at = now  # without a connection nothing is subscribed
         return self._left_at is not None and not self._waiting and now - max(self._left_at, self._heard_at) > QUIET_S
@@ -136,6 +145,7 @@ class Worker:
         if packet == self._leaving_packet:
             self._left_at = time.monotonic()
         else:
+            self._joined = True
             self._channel.send(Joined())
 
     def _arrived(self, message: Message) -> None:
@@ -143,14 +153,15 @@ class Worker:
         self._waiting.append((message, time.perf_counter_ns()))
 
     def _answer_burst(self) -> None:
-        """Answer some of what waits, oldest first; look at the connection again in between."""
-        for _ in range(min(len(self._waiting), BURST)):
+        """Answer some of what waits, oldest first; read on when few enough wait."""
+        for _ in range(max(min(len(self._waiting), BURST), len(self._waiting) - MAX_WAITING)):
             started = time.perf_counter_ns()
             message, read_at = self._waiting[0]
             overdue = is_overdue(len(self._waiting), (started - read_at) / 1e9, self._answer_s, self._deadline_s)
             self._waiting.popleft()
             if overdue:
-                self._refuse(message, ErrorCode.OVERLOADED, f"more states wait than {self._deadline_s * 1e3:.0f} ms allow")
+                text = f"more states wait than {self._assignment.deadline_ms:.0f} ms allow"
+                self._refuse(message, ErrorCode.OVERLOADED, text)
                 continue
             self._answer(message)
             ended = time.perf_counter_ns()
@@ -179,9 +190,9 @@ class Worker:
         self._publish(message, payload, decisions)
 
     def _publish(self, message: Message, payload: bytes, decisions: list[Decision]) -> None:
-        topic = message.response_topic
-        if topic is None:
-            topic = self._action if message.topic == self._state else message.topic.removesuffix("state") + "action"
+        topic = self._action if message.topic == self._state else message.topic.removesuffix("state") + "action"
+        if message.response_topic is not None and _may_be_answered_on(message.response_topic):
+            topic = message.response_topic
         if not self._link.connected:
             return  # the broker delivers what was not acknowledged again, to whoever is subscribed then
         self._link.publish(topic, payload, qos=min(message.qos, 1), correlation=message.correlation)
@@ -199,18 +210,37 @@ class Worker:
 
     def _report(self) -> None:
         self._channel.flush()
-        if self._records and self._channel.send(Records(self._records, self._lost)):
-            self._records, self._lost = [], 0
+        while self._records:
+            count = _fitting(self._records)
+            if not self._channel.send(Records(self._records[:count], self._lost)):
+                return
+            del self._records[:count]
+            self._lost = 0
 
     def _beat(self) -> None:
         beat = Beat(answered=self._answered, errors=dict(self._errors), latency_us_histogram=self._histogram.counts)
-        if self._was_connected and not self._link.connected:
+        if self._joined and not self._link.connected:
+            self._joined = False
             self._channel.send(Disconnected())
-        self._was_connected = self._link.connected
         if self._channel.send(beat):
             self._answered = 0
             self._errors.clear()
             self._histogram = Histogram()
+
+
+def _may_be_answered_on(topic: str) -> bool:
+    """A game names the topic, the device's own rights publish on it: no wildcard, and nothing of the fleet's."""
+    return bool(topic) and not set("+#") & set(topic) and not topic.startswith(("fleet/", "$"))
+
+
+def _fitting(records: list[Served]) -> int:
+    """How many records, from the oldest, fit one report."""
+    size = 0
+    for count, record in enumerate(records):
+        size += len(record.features) + len(record.legal) + RECORD_OVERHEAD_BYTES
+        if size > MAX_REPORT_BYTES:
+            return max(count, 1)
+    return len(records)
 
 
 def load(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
@@ -222,8 +252,8 @@ def load(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
     Raises:
         Rejected: The file is missing, rotten, or refused by the runtime.
     """
-    from edge_agent import runtime
-    from edge_agent.serving import Policy, Responder
+    from edge_agent import runtime  # noqa: PLC0415
+    from edge_agent.serving import Policy, Responder  # noqa: PLC0415
 
     started = time.perf_counter()
     described = f"{runtime.name()} {runtime.version()}"
@@ -237,7 +267,7 @@ def load(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
 
 
 def load_gently(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
-    """`load`, in a thread of idle priority where the system has such (Linux: priorities belong to threads, sched(7))."""
+    """`load`, in a thread of idle priority where the system has such: on Linux, a thread has its own (sched(7))."""
     results: list[tuple[Responder, float, str] | EdgeswapError] = []
 
     def run() -> None:

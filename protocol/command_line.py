@@ -1,7 +1,7 @@
 """What the two command lines share: exit codes, tables, findings.
 
-Exit codes: 0 done, 1 a check failed or something was refused, 2 the command or the configuration is wrong, 3 something outside
-is not available.
+Exit codes: 0 done, 1 a check failed or something was refused, 2 the command or the configuration is wrong, 3 something
+outside is not available.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ DONE = 0
 REFUSED = 1
 USAGE = 2
 UNAVAILABLE = 3
+
+SHORT = 24
+PIPED_WIDTH = 160
 
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of a table.")]
 
@@ -69,16 +72,18 @@ def show(rows: Sequence[Mapping[str, Any]], *, title: str, as_json: bool = False
     if as_json:
         sys.stdout.write(json.dumps(to_builtins(rows), indent=2) + "\n")
         return
+    from rich.box import SIMPLE_HEAD  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     if not rows:
         console.print(f"{title}: nothing to show")
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in rows[0]:
-        table.add_column(column)
+        longest = max(len(str(row[column])) for row in rows)
+        table.add_column(column, no_wrap=longest <= SHORT, overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)

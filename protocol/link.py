@@ -1,8 +1,8 @@
 """The only MQTT adapter: one MQTT 5 connection, driven from its owner's own thread.
 
-There is no background thread and there are no locks. The owner calls `turn` in its loop; that reads, calls back, writes,
-keeps the connection alive and, when it is lost, makes a new one after a jittered back-off. Nothing is sent while there is
-no connection: `publish` says so by raising, and its caller decides what to keep.
+There is no background thread and there are no locks. The owner calls `turn` in its loop; that reads, calls back,
+writes, keeps the connection alive and, when it is lost, makes a new one after a jittered back-off. Nothing is sent
+while there is no connection: `publish` says so by raising, and its caller decides what to keep.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Message(NamedTuple):
         response_topic: MQTT 5 property of a request (specification section 4.10), or `None`.
         correlation: The request's correlation data, or `None`.
         packet: Packet identifier, for `Link.acknowledge`.
+        connection: Which connection brought it; packet identifiers mean nothing on another one.
     """
 
     topic: str
@@ -84,6 +85,7 @@ class Message(NamedTuple):
     response_topic: str | None
     correlation: bytes | None
     packet: int
+    connection: int = 0
 
 
 class Will(NamedTuple):
@@ -110,8 +112,11 @@ class Link:
         client_id: Unique on the broker.
         on_message: Called from `turn` with each message.
         on_connected: Called from `turn` after each successful connection, once subscriptions have been renewed.
-        on_published: Called from `turn` with the packet identifier of a publication at QoS 1 that the broker acknowledged.
-        on_subscribed: Called from `turn` with the packet identifier of an acknowledged subscription, or of its removal.
+        on_published: Called from `turn` with the packet identifier of a publication at QoS 1 that the broker
+            acknowledged.
+        on_subscribed: Called from `turn` with the packet identifier of a subscription that the broker has granted, or
+            of
+            its removal. A refused one is logged.
         will: Published by the broker if this client vanishes.
         manual_ack: Messages at QoS 1 are acknowledged by `acknowledge`, not on receipt.
 
@@ -140,6 +145,7 @@ class Link:
         self._on_subscribed = on_subscribed
         self._subscriptions: dict[str, int] = {}
         self._packets = 0
+        self._connection = 0
         self._retry_s = FIRST_RETRY_S
         self._retry_at = 0.0
         self._connecting_since = 0.0
@@ -229,7 +235,7 @@ class Link:
 
         Without effect once its connection is lost: the broker then sends the message again.
         """
-        if message.qos and self.connected:
+        if message.qos and self.connected and message.connection == self._connection:
             self._client.ack(message.packet, message.qos)
 
     def close(self, timeout_s: float = 1.0) -> None:
@@ -312,6 +318,7 @@ class Link:
                 getattr(properties, "ResponseTopic", None),
                 getattr(properties, "CorrelationData", None),
                 message.mid,
+                self._connection,
             )
         )
 
@@ -324,6 +331,7 @@ class Link:
             log.error("the broker at %s refused the connection: %s", self._broker.url, reason)
             return
         self.connected = True
+        self._connection += 1
         self.refusal = None
         self._retry_s = FIRST_RETRY_S
         if self._subscriptions:
@@ -347,10 +355,10 @@ class Link:
         self, _client: Client, _userdata: Any, packet: int, reasons: list[ReasonCode], _properties: Any
     ) -> None:
         self._packets += 1
-        for reason in reasons:
-            if reason.is_failure:
-                log.error("the broker at %s refused a subscription: %s", self._broker.url, reason)
-        if self._on_subscribed:
+        refused = [reason for reason in reasons if reason.is_failure]
+        for reason in refused:
+            log.error("the broker at %s refused a subscription: %s", self._broker.url, reason)
+        if self._on_subscribed and not refused:
             self._on_subscribed(packet)
 
 
@@ -363,8 +371,14 @@ def _secure(client: Client, broker: Broker) -> None:
             "or broker.allow_plain = true to do without"
         )
     if broker.username:
-        password = Path(broker.password_file).read_text("utf-8").splitlines()[0] if broker.password_file else None
-        client.username_pw_set(broker.username, password)
+        client.username_pw_set(broker.username, _password(broker.password_file) if broker.password_file else None)
+
+
+def _password(file: str) -> str:
+    lines = Path(file).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    if not lines or not lines[0].isprintable():
+        raise Misconfigured(f"the first line of {file} must be the password, in UTF-8")
+    return lines[0]
 
 
 def _selected(readers: Sequence[Any], writers: Sequence[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:

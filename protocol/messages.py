@@ -1,7 +1,7 @@
 """Every message on the broker, as a frozen struct.
 
-Fields that are absent take their default, unknown fields are ignored, mistyped ones are named in the error (`protocol.codec`).
-Times are seconds since the epoch; vectors in transitions are float32, little-endian, as bytes.
+Fields that are absent take their default, unknown fields are ignored, mistyped ones are named in the error
+(`protocol.codec`). Times are seconds since the epoch; vectors in transitions are float32, little-endian, as bytes.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Transition(Struct, frozen=True, array_like=True, gc=False):
 class TransitionBatch(Struct, frozen=True, kw_only=True):
     """`fleet/v1/<device>/transitions`, compressed (`protocol.codec.compress`).
 
-    The device says: of all numbers from `first` to `last` in this epoch, these are the transitions there are. A number without one was
-    dropped by a full outbox. So ranges join up, and the host can acknowledge across gaps.
+    The device says: of all numbers from `first` to `last` in this epoch, these are the transitions there are. A number
+    without one was dropped by a full outbox. So ranges join up, and the host can acknowledge across gaps.
 
     Attributes:
         epoch: Names the outbox; a new one starts again at 1.
@@ -161,7 +161,8 @@ class SlotCounters(Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         answered: Decisions with an action, since start.
         errors: Error code to count, since start.
-        latency_us_histogram: Upper bound in µs of each bucket that is not empty, to its count, from reading a state to publishing its action.
+        latency_us_histogram: Upper bound in µs of each bucket that is not empty, to its count, from reading a state to
+            publishing its action.
         latency_us_p50: Median, to the bucket's width.
         latency_us_p99: 99th percentile, to the bucket's width.
     """
@@ -290,7 +291,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: str
     slot: str = ""
     model: str = ""
-    version: int = 0
+    version: int | None = None
     reason: str = ""
     text: str = ""
     verdict: Verdict | None = None

@@ -96,8 +96,12 @@ if [ "$system" = Linux ] && "$python" -c 'import sys; sys.exit(sys.version_info[
 fi
 
 if [ "${1:-}" = bench ]; then
-    have cc || install_packages "a C compiler, for the yardstick of the benchmark" "$(have brew && echo gcc || echo gcc libc6-dev)"
+    if ! have cc; then
+        [ "$system" = Linux ] || fail "the benchmark's yardstick needs a C compiler: xcode-select --install"
+        install_packages "a C compiler, for the yardstick of the benchmark" gcc libc6-dev
+    fi
     if ! printf '#include <mosquitto.h>\n' | cc -E -I/opt/homebrew/include -x c - >/dev/null 2>&1; then
+        [ "$system" = Linux ] || fail "mosquitto.h is missing, which comes with: brew reinstall mosquitto"
         install_packages "the C library of the yardstick" libmosquitto-dev
     fi
 fi

@@ -177,7 +177,7 @@ def models(*, slot: str | None = None, limit: int = 20, config: ConfigFile = Non
         {
             "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(model.created_at)),
             "slot": model.slot,
-            "version": model.version or "",
+            "version": "" if model.version is None else model.version,
             "digest": model.digest[:8],
             "origin": model.origin,
             "state": model.state.value,
@@ -220,7 +220,7 @@ def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
     else:
         command_line.show(overview.facts(found), title="trainer-host")
         command_line.show(overview.slot_rows(found), title="slots")
-        command_line.show(overview.battle_rows(found), title="battles by version (0: a human or a script chose)")
+        command_line.show(overview.battle_rows(found), title="battles")
     return DONE if found.running else REFUSED
 
 

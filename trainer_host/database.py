@@ -7,10 +7,11 @@ could otherwise find, at its first write, that another process has written in be
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -21,6 +22,7 @@ from protocol.errors import Misconfigured, Unavailable
 
 SCHEMA = 1
 BUSY_TIMEOUT_MS = 10_000
+_HOPELESS = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
 
 metadata = sa.MetaData()
 _Number = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up whole-number keys of this type only
@@ -181,8 +183,10 @@ class Database:
         self._writing = self._engine.execution_options(writes=True)
         try:
             self._create()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if _is_no_database(error.__cause__):
+                raise Misconfigured(f"cannot use the database {self.name}: {error.__cause__.orig}") from error
             raise
 
     @contextmanager
@@ -227,6 +231,13 @@ class Database:
                 f"the database {self.name} has schema {found}, this version of edgeswap knows {SCHEMA}; "
                 "install the newer version"
             )
+
+
+def _is_no_database(error: BaseException | None) -> TypeGuard[DBAPIError]:
+    """Whether SQLite can never open this file as it is."""
+    if not isinstance(error, DBAPIError) or not isinstance(error.orig, sqlite3.Error):
+        return False
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _HOPELESS
 
 
 def _set_up_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:

@@ -95,7 +95,7 @@ def battle_rows(overview: Overview) -> list[dict[str, Any]]:
     return [
         {
             "slot": record.slot,
-            "version": record.version,
+            "chosen by": "a human or a script" if record.version is None else f"version {record.version}",
             "battles": record.battles,
             "won": f"{record.wins / record.battles:.1%}",
         }

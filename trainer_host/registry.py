@@ -90,7 +90,7 @@ class Registry:
             query = query.where(tables.models.c.slot == slot)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-        names = [column.name for column in tables.models.columns]
+        names = [str(column.name) for column in tables.models.columns]
         return [msgspec.convert(dict(zip(names, row, strict=True)), Model) for row in reversed(rows)]
 
     def _settle(self, number: int, **values: Any) -> None:

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from protocol import configuration
-from protocol.errors import EdgeswapError, Misconfigured
+from protocol.errors import Misconfigured, Rejected
 from protocol.link import Broker
 from trainer_host.gate import GateSettings
 from trainer_host.recipes import table
@@ -125,8 +125,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in (*self.recipes, *self.auto_publish.recipes):
             try:
                 self.recipe(name)
-            except EdgeswapError as error:
-                raise ValueError(f"recipe {name}: {error}") from error
+            except Rejected as error:
+                where = f"recipes.{name}" + (f".{error.field}" if error.field else "")
+                raise ValueError(f"{where}: {error.text.partition(' - at ')[0]}") from error
+            except Misconfigured as error:
+                raise ValueError(str(error)) from error
 
     def recipe(self, name: str) -> Recipe:
         """The recipe of that name, as these settings change it.

@@ -97,17 +97,17 @@ class Sighting(NamedTuple):
 
 
 class Record(NamedTuple):
-    """How battles ended that one version decided; or, as version 0, those in which a human or a script chose.
+    """How battles ended that one version decided.
 
     Attributes:
         slot: Which slot.
-        version: Of the model that answered last.
+        version: Of the model that answered last; `None` for battles in which a human or a script chose.
         battles: How many ended.
         wins: How many of them with a last reward above zero.
     """
 
     slot: str
-    version: int
+    version: int | None
     battles: int
     wins: int
 
@@ -183,8 +183,8 @@ class Store:
         """How much is set aside, by reason."""
         reason = tables.quarantine.c.reason
         with self._database.reading() as connection:
-            found = connection.execute(sa.select(reason, sa.func.count()).group_by(reason)).tuples()
-            return dict(found.all())
+            found = connection.execute(sa.select(reason, sa.func.count()).group_by(reason))
+            return {row[0]: row[1] for row in found}
 
     # Slots.
 
@@ -241,22 +241,21 @@ class Store:
         battles = (
             sa.select(
                 columns.slot,
-                sa.case((human, 0), else_=sa.func.max(columns.version)).label("version"),
+                sa.case((human, sa.null()), else_=sa.func.max(columns.version)).label("version"),
                 sa.case((sa.func.max(columns.reward) > 0, 1), else_=0).label("won"),
             )
             .where(columns.done, sa.not_(columns.truncated))
             .group_by(columns.slot, columns.device, columns.epoch, columns.battle)
             .subquery()
         )
-        query = (
-            sa.select(battles.c.slot, battles.c.version, sa.func.count(), sa.func.sum(battles.c.won))
-            .group_by(battles.c.slot, battles.c.version)
-            .order_by(battles.c.slot, battles.c.version)
+        query = sa.select(battles.c.slot, battles.c.version, sa.func.count(), sa.func.sum(battles.c.won)).group_by(
+            battles.c.slot, battles.c.version
         )
         with self._database.reading() as connection:
-            return [
-                Record(slot, version, battles, int(wins)) for slot, version, battles, wins in connection.execute(query)
+            found = [
+                Record(slot, version, count, int(wins)) for slot, version, count, wins in connection.execute(query)
             ]
+        return sorted(found, key=lambda record: (record.slot, -1 if record.version is None else record.version))
 
     # Devices.
 

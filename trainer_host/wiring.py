@@ -80,8 +80,3 @@ def assemble(settings: Settings, stop: Event | None = None) -> Parts:
         trainer=Trainer(store, publisher, jobs, settings.training, report=report, stop=stop),
         can_release=can_release,
     )
-
-
-def reader(settings: Settings) -> Repository:
-    """The repository, to read only."""
-    return Repository(settings.repository_dir)

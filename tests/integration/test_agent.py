@@ -199,7 +199,11 @@ def test_a_swap_under_load_loses_nothing_and_answers_nothing_twice(world: World,
         game.turn(0.0)
 
     def playing(until: Callable[[], object], described: str) -> None:
-        world.wait(lambda: play() or until(), described)
+        def turn() -> object:
+            play()
+            return until()
+
+        world.wait(turn, described)
 
     playing(lambda: len(answered) > 200, "the game runs")
     world.publish(TWIN, 1)

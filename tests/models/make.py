@@ -26,7 +26,9 @@ def dense(inputs: int, weights: np.ndarray, notes: float = 0.0, extra: int = 0) 
     deep = tf.constant((random.normal(size=(extra, extra)) / max(extra, 1)).astype(np.float32)) if extra else None
     last = tf.constant(np.zeros((extra, weights.shape[1]), np.float32)) if extra else None
 
-    @tf.function(input_signature=[tf.TensorSpec((1, inputs), tf.float32, "features")])
+    @tf.function(  # type: ignore[untyped-decorator]
+        input_signature=[tf.TensorSpec((1, inputs), tf.float32, "features")]
+    )
     def scores(features: tf.Tensor) -> dict[str, tf.Tensor]:
         out = tf.matmul(features, tf.constant(weights)) + notes * 1e-30
         if extra:

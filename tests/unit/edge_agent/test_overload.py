@@ -26,7 +26,7 @@ def test_the_last_one_is_always_answered(age_s: float, answer_s: float, deadline
 
 
 @given(st.integers(1, 10_000), st.floats(1e-6, 1), st.floats(0.001, 10))
-def test_refusing_one_after_the_other_ends_with_as_many_as_fit(waiting: int, answer_s: float, deadline_s: float) -> None:
+def test_refusing_one_by_one_ends_with_as_many_as_fit(waiting: int, answer_s: float, deadline_s: float) -> None:
     left = waiting
     while is_overdue(left, 0.0, answer_s, deadline_s):
         left -= 1

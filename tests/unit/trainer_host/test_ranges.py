@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ def test_the_ranges_hold_what_was_spoken_for_and_are_few(spans: list[Range]) -> 
     found = built(spans)
     numbers = {number for first, last in spans for number in range(first, last + 1)}
     assert {number for number in range(80) if covers(found, number)} == numbers
-    assert all(one[1] + 1 < two[0] for one, two in zip(found, found[1:], strict=False))
+    assert all(one[1] + 1 < two[0] for one, two in itertools.pairwise(found))
 
 
 @given(Spans, st.integers(0, 70))

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from protocol.command_line import Finding, Health
+from protocol.link import Broker
+from trainer_host import doctor
+from trainer_host.__main__ import app
+from trainer_host.private_broker import PrivateBroker
+from trainer_host.settings import Settings, load
+
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    config = tmp_path / "host.toml"
+    config.write_text('state_dir = "host"\n')
+    assert app(["keys", "init", "--config", str(config)], result_action="return_value") == 0
+    return load(config)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[PrivateBroker]:
+    with PrivateBroker(tmp_path / "broker") as running:
+        yield running
+
+
+def health(findings: list[Finding]) -> dict[str, Health]:
+    assert all(finding.remedy for finding in findings if finding.health is not Health.OK)
+    return {finding.name: finding.health for finding in findings}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def test_the_broker(broker: PrivateBroker) -> None:
+    assert health(list(doctor.broker(Broker(port=broker.port), "h"))) == {"broker": Health.OK}
+    nobody = list(doctor.broker(Broker(port=free_port()), "h", timeout_s=0.2))
+    assert health(nobody) == {"broker": Health.FAILED}
+    plain = list(doctor.broker(Broker(host="far.example"), "h"))
+    assert health(plain) == {"broker": Health.FAILED}
+    assert "allow_plain" in plain[0].detail
+
+
+def test_a_broker_that_refuses(tmp_path: Path) -> None:
+    with PrivateBroker(tmp_path / "strict") as strict:
+        config = tmp_path / "strict" / "mosquitto.conf"
+        text = config.read_text().replace("allow_anonymous true", "allow_anonymous false")
+        strict.stop()
+        strict._config = lambda port: text  # type: ignore[method-assign] # noqa: ARG005
+        strict.start()
+        (finding,) = doctor.broker(Broker(port=strict.port), "h", timeout_s=5.0)
+    assert finding.health is Health.FAILED
+    assert "refuses" in finding.detail
+
+
+def certificate(path: Path, days: float) -> None:
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "host")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW - timedelta(days=400))
+        .not_valid_after(NOW + timedelta(days=days))
+        .sign(key, None)
+    )
+    path.write_bytes(made.public_bytes(Encoding.PEM))
+
+
+@pytest.mark.parametrize(("days", "expected"), [(365, Health.OK), (10, Health.WARNING), (-1, Health.FAILED)])
+def test_certificates_run_out(tmp_path: Path, days: float, expected: Health) -> None:
+    certificate(tmp_path / "c.pem", days)
+    (tmp_path / "k.pem").write_text("key")
+    (tmp_path / "k.pem").chmod(0o644)
+    broker = Broker(ca_file=str(tmp_path / "c.pem"), key_file=str(tmp_path / "k.pem"))
+    found = health(list(doctor.tls_files(broker, NOW)))
+    assert found == {"broker.ca_file": expected, "broker.key_file": Health.WARNING}
+
+
+def test_tls_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "c.pem").write_text("no certificate")
+    broker = Broker(ca_file=str(tmp_path / "c.pem"), cert_file=str(tmp_path / "x"), key_file=str(tmp_path / "y"))
+    assert set(health(list(doctor.tls_files(broker, NOW))).values()) == {Health.FAILED}
+    assert health(list(doctor.tls_files(Broker(), NOW))) == {"TLS": Health.OK}
+
+
+def test_a_clock_behind_our_own_files_is_wrong(settings: Settings) -> None:
+    written = (settings.repository_dir / "timestamp.json").stat().st_mtime
+    assert doctor.clock(settings, written + 1.0).health is Health.OK
+    assert doctor.clock(settings, written - 86_400.0).health is Health.FAILED
+
+
+def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, expected in ((10, Health.OK), (1, Health.WARNING), (0.1, Health.FAILED)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: _Usage(free))
+        assert doctor.disk(tmp_path / "not" / "yet").health is expected
+
+
+class _Usage:
+    def __init__(self, free_gib: float) -> None:
+        self.free = int(free_gib * doctor.GIB)
+
+
+def test_keys(settings: Settings) -> None:
+    folder = Path(settings.keys_dir)
+    found = health(list(doctor.key_files(folder, settings)))
+    assert found == {
+        "key root": Health.WARNING,
+        "key targets": Health.OK,
+        "key snapshot": Health.OK,
+        "key timestamp": Health.OK,
+    }
+    for role in ("root", "targets", "snapshot"):
+        (folder / f"{role}.pem").unlink()
+    (folder / "timestamp.pem").chmod(0o640)
+    found = health(list(doctor.key_files(folder, settings)))
+    assert found == {
+        "key root": Health.OK,
+        "key targets": Health.WARNING,
+        "key snapshot": Health.FAILED,
+        "key timestamp": Health.OK,
+        "key timestamp file": Health.WARNING,
+    }
+    assert health(list(doctor.key_files(folder / "none", settings))) == {"keys": Health.FAILED}
+
+
+def test_metadata_runs_out(settings: Settings) -> None:
+    now = datetime.now(UTC)
+    assert set(health(list(doctor.metadata(settings, now))).values()) == {Health.OK}
+    later = health(list(doctor.metadata(settings, now + timedelta(days=6))))
+    assert later["metadata timestamp"] is Health.WARNING
+    later = health(list(doctor.metadata(settings, now + timedelta(days=60))))
+    assert [later[f"metadata {role}"] for role in ("root", "targets", "snapshot", "timestamp")] == [
+        Health.OK,
+        Health.OK,
+        Health.FAILED,
+        Health.FAILED,
+    ]
+    for file in settings.repository_dir.glob("*.json"):
+        file.unlink()
+    assert health(list(doctor.metadata(settings, now))) == {"metadata": Health.FAILED}
+
+
+def test_the_database(settings: Settings, tmp_path: Path) -> None:
+    assert doctor.database(settings.database).health is Health.OK
+    assert doctor.database(f"sqlite:///{tmp_path}").health is Health.FAILED
+
+
+def test_tensorflow_is_tried_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert doctor.tensorflow().health is Health.FAILED
+    assert doctor.runtime().health is Health.FAILED
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    assert doctor.runtime().health is Health.OK
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert doctor.tensorflow().health is Health.FAILED
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+    assert doctor.tensorflow().health is Health.OK

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protocol import command_line
+from trainer_host.__main__ import app
+from trainer_host.database import Database
+from trainer_host.keys import ROLES
+from trainer_host.lock import only_daemon
+from trainer_host.registry import Model, Registry
+from trainer_host.settings import load
+from trainer_host.store import Sighting, Store
+
+HEAVY = ("numpy", "sqlalchemy", "tensorflow", "tuf", "rich.table", "ai_edge_litert")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "host.toml"
+    path.write_text('state_dir = "host"\n')
+    return path
+
+
+def call(config: Path, *words: str) -> int:
+    return command_line.run(app, [*words, "--config", str(config)])
+
+
+def test_the_command_line_is_light() -> None:
+    code = f"import sys, trainer_host.__main__; print([name for name in {HEAVY!r} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_keys_are_made_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = config.parent / "host"
+    assert call(config, "keys", "init") == 0
+    said = capsys.readouterr().out
+    assert str(state / "root.json") in said
+    assert "not encrypted" in said
+    assert {path.stat().st_mode & 0o777 for path in (state / "keys").glob("*.pem")} == {0o600}
+    assert json.loads((state / "root.json").read_bytes())["signed"]["_type"] == "root"
+    keys = {role: (state / "keys" / f"{role}.pem").read_bytes() for role in ROLES}
+    assert call(config, "keys", "init") == command_line.USAGE
+    assert "already holds a repository" in capsys.readouterr().err
+    assert keys == {role: (state / "keys" / f"{role}.pem").read_bytes() for role in ROLES}
+
+
+def test_an_interrupted_init_is_finished(config: Path) -> None:
+    assert call(config, "keys", "init") == 0
+    state = config.parent / "host"
+    index = (state / "keys" / "keys.json").read_bytes()
+    for path in (state / "repository").glob("*.json"):
+        path.unlink()
+    assert call(config, "keys", "init") == 0
+    assert (state / "keys" / "keys.json").read_bytes() == index
+    assert (state / "repository" / "timestamp.json").exists()
+
+
+def test_a_passphrase_encrypts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text('state_dir = "host"\npassphrase_file = "secret"\n')
+    (config.parent / "secret").write_text("open sesame\n")
+    assert call(config, "keys", "init") == 0
+    assert "ENCRYPTED" in (config.parent / "host" / "keys" / "root.pem").read_text()
+    config.write_text('state_dir = "host"\n')
+    assert call(config, "run") == command_line.USAGE
+    assert "passphrase" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("run",), ("train",), ("publish", "model.tflite", "--slot", "combat")])
+def test_without_keys_it_says_what_to_do(
+    config: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    assert call(config, *command) == command_line.USAGE
+    assert "trainer-host keys init" in capsys.readouterr().err
+
+
+def test_without_the_targets_key_nothing_is_released(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(config, "keys", "init")
+    (config.parent / "host" / "keys" / "targets.pem").unlink()
+    assert call(config, "publish", "model.tflite", "--slot", "combat") == command_line.USAGE
+    assert "the targets key is not in" in capsys.readouterr().err
+
+
+def test_publish_needs_a_slot_and_a_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(config, "keys", "init")
+    assert call(config, "publish", "model.tflite") == command_line.USAGE
+    assert "--slot" in capsys.readouterr().err
+    assert call(config, "publish", "gone.tflite", "--slot", "combat") == command_line.UNAVAILABLE
+    (config.parent / "m.toml").write_text("slot = 1\n")
+    assert call(config, "publish", str(config.parent / "m.tflite")) == command_line.REFUSED
+    assert "m.toml:1" in capsys.readouterr().err
+
+
+def test_models_and_devices(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    database = Database(load(config).database)
+    registry = Registry(database)
+    model = Model(slot="combat", digest="d" * 64, path="f", bytes=7, origin="trained", created_at=1.0)
+    for _ in range(2):
+        number = registry.add(model)
+    registry.released(number, 0, {"candidate": [200, 150, 0, 50, 0.7, 0.8]})
+    Store(database).add_reports({"pi": Sighting(1.0, online=True)}, [], [])
+    database.close()
+    capsys.readouterr()
+    assert call(config, "models", "--json") == 0
+    waiting, released = json.loads(capsys.readouterr().out)
+    assert (waiting["state"], released["state"], released["version"]) == ("trained", "released", 0)
+    assert call(config, "models") == 0
+    assert "75.0%" in capsys.readouterr().out
+    assert call(config, "devices", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["device"] == "pi"
+    assert call(config, "devices") == 0
+    assert "pi" in capsys.readouterr().out
+
+
+def test_status_tells_whether_the_daemon_runs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(config, "status", "--json") == command_line.REFUSED
+    assert json.loads(capsys.readouterr().out)["running"] is False
+    with only_daemon(config.parent / "host"):
+        assert call(config, "status") == 0
+        assert "running" in capsys.readouterr().out
+        call(config, "keys", "init")
+        assert call(config, "run") == command_line.USAGE
+        assert "another trainer-host" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.run(app, ["version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
