@@ -172,7 +172,7 @@ class CandidateFailed(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BaselineFailed(Struct, frozen=True, kw_only=True, tag=True):
-    """The old model cannot be loaded, or gave an error: there is nothing to compare with. The new one is not to blame."""
+    """The old model cannot be loaded, or gave an error, which is not the new one's fault."""
 
     reason: str
     text: str

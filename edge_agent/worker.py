@@ -194,7 +194,7 @@ class Worker:
         if message.response_topic is not None and _may_be_answered_on(message.response_topic):
             topic = message.response_topic
         if not self._link.connected:
-            return  # the broker delivers what was not acknowledged again, to whoever is subscribed then
+            return  # nobody can be told; Mosquitto 2.0 forgets what was not acknowledged with the session
         self._link.publish(topic, payload, qos=min(message.qos, 1), correlation=message.correlation)
         self._link.acknowledge(message)
         for decision in decisions:

@@ -167,12 +167,12 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
+        parsed = _parsed(url)
         try:
-            parsed = sa.make_url(url)
             if parsed.get_backend_name() == "sqlite" and parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             self._engine = sa.create_engine(parsed)
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        except (NoSuchModuleError, ImportError) as error:
             raise Misconfigured(f"cannot use the database URL {url!r}: {error}") from error
         except OSError as error:
             raise Misconfigured(f"cannot make the folder of the database: {error}") from error
@@ -231,6 +231,23 @@ class Database:
                 f"the database {self.name} has schema {found}, this version of edgeswap knows {SCHEMA}; "
                 "install the newer version"
             )
+
+
+def is_new(url: str) -> bool:
+    """Whether opening this database would make a new file.
+
+    Raises:
+        Misconfigured: The URL is wrong.
+    """
+    parsed = _parsed(url)
+    return parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists()
+
+
+def _parsed(url: str) -> sa.URL:
+    try:
+        return sa.make_url(url)
+    except ArgumentError as error:
+        raise Misconfigured(f"cannot use the database URL {url!r}: {error}") from error
 
 
 def _is_no_database(error: BaseException | None) -> TypeGuard[DBAPIError]:

@@ -1,9 +1,13 @@
-"""One daemon on one state folder: a lock that the system gives back whatever ends the process."""
+"""One daemon on one state folder: a lock that the system gives back whatever ends the process.
+
+Whoever asks whether a daemon is running holds the lock for a moment, so a daemon tries more than once.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +15,8 @@ from pathlib import Path
 from protocol.errors import Misconfigured
 
 NAME = "host.lock"
+ATTEMPTS = 5
+RETRY_S = 0.05
 
 
 @contextmanager
@@ -26,7 +32,7 @@ def only_daemon(state_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise Misconfigured(f"cannot write to {state_dir}: {error.strerror}") from error
     try:
-        if not _taken(descriptor):
+        if not _taken_in_time(descriptor):
             raise Misconfigured(f"another trainer-host is running on {state_dir}")
         yield
     finally:
@@ -43,6 +49,14 @@ def is_running(state_dir: Path) -> bool:
         return not _taken(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _taken_in_time(descriptor: int) -> bool:
+    for _ in range(ATTEMPTS - 1):
+        if _taken(descriptor):
+            return True
+        time.sleep(RETRY_S)
+    return _taken(descriptor)
 
 
 def _taken(descriptor: int) -> bool:

@@ -38,7 +38,7 @@ class TrainingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
-    max_transitions: Annotated[int, Meta(ge=100, le=100_000_000)] = 500_000
+    max_transitions: Annotated[int, Meta(ge=100, le=100_000_000)] = 200_000
     deadline_seconds: Annotated[float, Meta(ge=10, le=7 * 86_400)] = 3_600.0
     kept_jobs: Annotated[int, Meta(ge=4, le=10_000)] = 20
 

@@ -25,7 +25,7 @@ TWIN = (MODELS / "twin.tflite").read_bytes()
 SLOW = (MODELS / "slow.tflite").read_bytes()
 NARROW = (MODELS / "narrow.tflite").read_bytes()
 
-QUICK = "trial_duty = 0.5\nwatch_interval_s = 0.1\n"
+QUICK = "trial_duty = 0.5\nwatch_interval_s = 0.1\ndeadline_ms = 2000\n"
 
 
 def observation(step: int, **fields: Any) -> dict[str, Any]:
@@ -161,6 +161,17 @@ def test_a_model_of_another_shape_is_refused_by_name_of_the_reason(world: World)
     world.publish_metadata(world.repository.metadata_set())
     refused = world.event("refused")
     assert (refused.version, refused.reason) == (1, "wrong_signature")
+    assert world.ask(observation(1)).version == 0
+
+
+def test_a_mangled_model_takes_down_a_stager_at_most(world: World) -> None:
+    """tflite-runtime reads beyond the end of a truncated model, and crashes; its successor refuses it."""
+    mangled = ECHO[:200]
+    release = msgspec.structs.replace(release_of(ECHO, 1), **identity_of(mangled))
+    world.repository.release(release, mangled, datetime.now(UTC))
+    world.publish_metadata(world.repository.metadata_set())
+    refused = world.event("refused")
+    assert (refused.version, refused.reason) in {(1, "bad_model"), (1, "died_twice")}
     assert world.ask(observation(1)).version == 0
 
 

@@ -92,6 +92,9 @@ class World:
     def has_acked(self, seq: int) -> bool:
         return self.acked >= seq
 
+    def has_metadata_other_than(self, payload: bytes) -> bool:
+        return bool(self.metadata) and self.metadata[-1] != payload
+
     def kinds(self) -> list[str]:
         return [line["kind"] for line in self.progress()]
 
@@ -219,9 +222,9 @@ def test_nothing_acknowledged_is_lost_when_the_host_is_killed(world: World) -> N
     assert world.command("keys", "init").returncode == 0
     sent = 0
     for enough in (1500, 3000):
+        before = world.repository.metadata_set()
         world.start()
-        world.metadata.clear()
-        world.until(lambda: world.metadata)
+        world.until(functools.partial(world.has_metadata_other_than, before))  # it has signed anew, so it listens
         first, goal = world.acked + 1, world.acked + enough // 3
         for start in range(first, first + enough, 100):
             batch = codec.compress(demonstrations(start, start + 99))

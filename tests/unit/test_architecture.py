@@ -29,3 +29,8 @@ def test_the_command_line_is_light() -> None:
 @pytest.mark.parametrize("module", ["edge_agent.worker", "edge_agent.trial"])
 def test_who_serves_does_not_verify(module: str) -> None:
     assert not loaded_by(module) & {"tuf", "cryptography", "securesystemslib", "tensorflow", "keras"}
+
+
+@pytest.mark.parametrize("module", ["trainer_host.__main__", "trainer_host.daemon"])
+def test_the_hosts_daemon_does_not_load_tensorflow(module: str) -> None:
+    assert not loaded_by(module) & {"tensorflow", "keras"}

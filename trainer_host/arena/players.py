@@ -134,8 +134,11 @@ def _most_wounded(seen: View) -> IntArray:
 
 def _mendable(characters: IntArray) -> NDArray[np.float64]:
     """(B,) how much health a mend would bring."""
-    most: NDArray[np.float64] = rules.TABLE[rules.MEND].heal * characters[:, Column.MAX_HEALTH]
-    return np.minimum(characters[:, Column.MAX_HEALTH] - characters[:, Column.HEALTH], most)
+    max_health = characters[:, Column.MAX_HEALTH].astype(np.float64)
+    missing: NDArray[np.float64] = np.minimum(
+        max_health - characters[:, Column.HEALTH], max_health * rules.TABLE[rules.MEND].heal
+    )
+    return missing
 
 
 def _is_weakest(seen: View) -> BoolArray:

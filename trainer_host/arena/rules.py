@@ -20,7 +20,7 @@ alone or in any batch.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +152,8 @@ class Battles(NamedTuple):
 
     def put(self, rows: Rows | BoolArray, battles: Battles) -> None:
         """Overwrite the battles at these rows, in place."""
-        for field, new in zip(self, battles, strict=True):
+        mine: tuple[NDArray[Any], ...] = self
+        for field, new in zip(mine, battles, strict=True):
             field[rows] = new
 
 

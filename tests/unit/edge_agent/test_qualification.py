@@ -89,7 +89,7 @@ def test_a_model_without_golden_vectors_must_at_least_run() -> None:
     assert refusal(with_weight(float("nan")), golden=nothing) == ("not_finite", "outputs")
 
 
-@pytest.mark.parametrize("junk", [b"", b"no model", MODEL[:200]])
+@pytest.mark.parametrize("junk", [b"", b"no model"])
 def test_what_the_runtime_refuses(junk: bytes) -> None:
     assert refusal(junk) == ("bad_model", None)
 

@@ -55,8 +55,8 @@ def test_nobody_is_told_where_nobody_listens(tmp_path: Path, caplog: pytest.LogC
 def test_the_status_is_told_when_it_changes(manager: tuple[str, socket.socket]) -> None:
     name, sock = manager
     service = ServiceManager({"NOTIFY_SOCKET": name})
-    for now, status in enumerate(["a", "a", "b", "b", "a"]):
-        service.tell(now, status=status, alive=True)
+    for turn, status in enumerate(["a", "a", "b", "b", "a"]):
+        service.tell(turn, status=status, alive=True)
     assert waiting(sock) == ["STATUS=a", "STATUS=b", "STATUS=a"]
 
 
@@ -64,9 +64,9 @@ def test_the_watchdog_is_fed_in_time_and_only_when_alive(manager: tuple[str, soc
     name, sock = manager
     service = ServiceManager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "9000000"})
     fed = []
-    for now in range(100, 130):
-        service.tell(now, status="s", alive=not 110 <= now < 115)
-        fed += [now for message in waiting(sock) if message == "WATCHDOG=1"]
+    for at in range(100, 130):
+        service.tell(at, status="s", alive=not 110 <= at < 115)
+        fed += [at for message in waiting(sock) if message == "WATCHDOG=1"]
     assert fed == [100, 103, 106, 109, 115, 118, 121, 124, 127]
 
 

@@ -18,6 +18,7 @@ from protocol.command_line import Finding, Health
 from protocol.link import Broker
 from trainer_host import doctor
 from trainer_host.__main__ import app
+from trainer_host.database import Database
 from trainer_host.private_broker import PrivateBroker
 from trainer_host.settings import Settings, load
 
@@ -162,7 +163,12 @@ def test_metadata_runs_out(settings: Settings) -> None:
 
 
 def test_the_database(settings: Settings, tmp_path: Path) -> None:
+    path = Path(settings.state_dir) / "trainer-host.db"
     assert doctor.database(settings.database).health is Health.OK
+    assert not path.exists()
+    Database(settings.database).close()
+    assert "0 transitions" in doctor.database(settings.database).detail
+    assert doctor.database("nonsense").health is Health.FAILED
     assert doctor.database(f"sqlite:///{tmp_path}").health is Health.FAILED
 
 

@@ -71,6 +71,11 @@ def test_a_new_database_goes_on_from_the_devices_floor(store: Store) -> None:
     assert store.add_batch("pi", batch(101, 103, acked=100)) == 103
 
 
+def test_an_answer_never_falls_back(store: Store) -> None:
+    store.add_batch("pi", batch(101, 103, acked=100))
+    assert store.add_batch("pi", batch(1, 2)) == 103
+
+
 def test_rows_below_the_floor_are_stored_all_the_same(store: Store, database: Database) -> None:
     store.add_batch("pi", batch(3, 4, acked=2))
     assert store.add_batch("pi", batch(1, 2)) == 4

@@ -46,7 +46,7 @@ def shown(count: int, bad: int = 0) -> Transitions:
         done=no,
         truncated=no,
         model=["m"] * count,
-        at=np.arange(count) + 100.0,
+        at=np.arange(count, dtype=np.float64) + 100.0,
     )
 
 
