@@ -36,7 +36,7 @@ from edge_agent.staging import (
     StagerSettings,
     ToStager,
 )
-from edge_agent.transfer import Transfer, bitmap
+from edge_agent.transfer import CHUNK_MISMATCH, Transfer, bitmap
 from edge_agent.trust import Trust, Verified, decoded_set
 from protocol import topics
 from protocol.codec import MAX_PAYLOAD_BYTES, encode
@@ -101,6 +101,8 @@ class Stager:
                     return trouble
             qualify(self._store.open(digest), release)
         except Rejected as refusal:
+            if refusal.code == CHUNK_MISMATCH:  # who sends wrong chunks must not get a signed model refused
+                return Postponed(digest, refusal.code, refusal.text)
             return Refused(digest, refusal.code, refusal.text)
         except Unavailable as error:
             return Postponed(digest, "disk", str(error))

@@ -100,7 +100,7 @@ class Refused(Struct, frozen=True, tag=True):
 class Postponed(Struct, frozen=True, tag=True):
     """The model could not be had now. What came stays on disk.
 
-    The reason is `no_broker`, `no_answer` (of the host), `no_space`, `disk` or `misconfigured`.
+    The reason is `no_broker`, `no_answer` (of the host), `chunk_mismatch`, `no_space`, `disk` or `misconfigured`.
     """
 
     digest: str

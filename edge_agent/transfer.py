@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from protocol.errors import Rejected
 
 LONGEST_WAIT_S = 30.0
+CHUNK_MISMATCH = "chunk_mismatch"
 MAX_WRONG = 2
 
 
@@ -117,7 +118,7 @@ class Transfer:
             self.wrong[digest] += 1
             if self.wrong[digest] >= MAX_WRONG:
                 raise Rejected(
-                    "chunk_mismatch", f"{MAX_WRONG} times the data sent as chunk {digest} was not that chunk"
+                    CHUNK_MISMATCH, f"{MAX_WRONG} times the data sent as chunk {digest} was not that chunk"
                 )
             return False
         del self._missing[digest]

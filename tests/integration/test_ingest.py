@@ -110,7 +110,7 @@ def test_a_host_that_comes_back_goes_on(running: Running) -> None:
     running.stop()
     before = running.parts.repository.metadata_set()
     running.start()
-    running.until(lambda: running.metadata[-1] != before)  # it has signed anew, so it listens
+    running.until(lambda: running.metadata[-1] == running.parts.repository.metadata_set() != before)
     running.acks.clear()
     running.say("transitions", batch(5, 6))
     running.until(lambda: running.acks)

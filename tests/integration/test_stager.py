@@ -273,7 +273,7 @@ def test_a_stager_that_is_killed_half_way_is_followed_by_one_that_resumes(
     assert ModelStore(tmp_path / "store").open(release.digest) == model
 
 
-def test_a_chunk_that_is_wrong_each_time_refuses_the_model(
+def test_a_chunk_that_is_wrong_each_time_postpones_the_model(
     tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
 ) -> None:
     model = large_model()
@@ -286,9 +286,9 @@ def test_a_chunk_that_is_wrong_each_time_refuses_the_model(
     child = stagers.start(settings_of(tmp_path, broker, repository))
     heard(child, MetadataVerified)
     child.channel.send(StageModel(release.digest))
-    refused = heard(child, Refused)[-1]
-    assert isinstance(refused, Refused)
-    assert (refused.digest, refused.reason) == (release.digest, "chunk_mismatch")
+    postponed = heard(child, Postponed)[-1]
+    assert isinstance(postponed, Postponed)
+    assert (postponed.digest, postponed.reason) == (release.digest, "chunk_mismatch")
     assert release.digest not in ModelStore(tmp_path / "store")
 
 

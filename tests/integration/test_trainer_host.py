@@ -92,8 +92,9 @@ class World:
     def has_acked(self, seq: int) -> bool:
         return self.acked >= seq
 
-    def has_metadata_other_than(self, payload: bytes) -> bool:
-        return bool(self.metadata) and self.metadata[-1] != payload
+    def listens_since(self, before: bytes) -> bool:
+        """Whether a host that was started when this set was the newest has signed and published another one."""
+        return bool(self.metadata) and self.metadata[-1] == self.repository.metadata_set() != before
 
     def kinds(self) -> list[str]:
         return [line["kind"] for line in self.progress()]
@@ -224,7 +225,7 @@ def test_nothing_acknowledged_is_lost_when_the_host_is_killed(world: World) -> N
     for enough in (1500, 3000):
         before = world.repository.metadata_set()
         world.start()
-        world.until(functools.partial(world.has_metadata_other_than, before))  # it has signed anew, so it listens
+        world.until(functools.partial(world.listens_since, before))
         first, goal = world.acked + 1, world.acked + enough // 3
         for start in range(first, first + enough, 100):
             batch = codec.compress(demonstrations(start, start + 99))
