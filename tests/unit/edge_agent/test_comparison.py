@@ -57,6 +57,11 @@ class Scene:
             assert self.end.send(message)
         self.comparison.receive(now)
 
+    def ends(self) -> None:
+        self.end.close()
+        while not self.child.channel.closed:
+            self.comparison.receive(1.0)
+
 
 SLOWER = TimedPairs([(1000, 3000)] * 100)
 EQUAL = TimedPairs([(1000, 1000)] * 100)
@@ -104,8 +109,7 @@ def test_time_that_is_up_ends_it_without_a_decision() -> None:
 def test_a_failed_candidate_is_told_with_reason_and_is_no_death() -> None:
     scene = Scene()
     assert scene.end.send(CandidateFailed(reason="not_finite", text="nan"))
-    scene.end.close()
-    scene.comparison.receive(1.0)
+    scene.ends()
     assert scene.comparison.failure == ("not_finite", "nan")
     assert scene.comparison.ended
     assert not scene.comparison.died
@@ -114,8 +118,7 @@ def test_a_failed_candidate_is_told_with_reason_and_is_no_death() -> None:
 def test_a_failed_old_model_is_neither_the_candidates_failure_nor_a_death() -> None:
     scene = Scene()
     assert scene.end.send(BaselineFailed(reason="corrupt_model", text="rotten"))
-    scene.end.close()
-    scene.comparison.receive(1.0)
+    scene.ends()
     assert scene.comparison.baseline_failed
     assert scene.comparison.ended
     assert not scene.comparison.died
@@ -125,8 +128,7 @@ def test_a_failed_old_model_is_neither_the_candidates_failure_nor_a_death() -> N
 def test_a_process_that_ends_by_itself_is_a_death_and_what_it_said_before_counts() -> None:
     scene = Scene()
     assert scene.end.send(EQUAL)
-    scene.end.close()
-    scene.comparison.receive(1.0)
+    scene.ends()
     assert scene.comparison.died
     assert scene.comparison.verdict().throttled_share == 0
     assert scene.comparison.verdict().old_us_p50 == 1.0
@@ -157,8 +159,7 @@ def test_fresh_states_are_passed_on_now_and_then() -> None:
 def test_stopping_ends_the_process(gone: bool) -> None:
     scene = Scene()
     if gone:
-        scene.end.close()
-        scene.comparison.receive(1.0)
+        scene.ends()
     scene.comparison.stop()
     assert scene.process.returncode == -9
     assert scene.child.channel.closed

@@ -227,9 +227,9 @@ def test_a_stager_that_dies_of_a_model_is_told_with_its_digest(scene: Scene) -> 
 def test_a_stager_that_gives_no_sign_is_killed(scene: Scene) -> None:
     scene.arrived(A)
     scene.says(VERIFIED)
-    scene.tick(STALL_LIMIT_S)
+    scene.tick(STALL_LIMIT_S - 1)
     assert scene.told[-1] == ("verified", 3)
-    scene.tick(1.0)
+    scene.tick(2.0)
     assert scene.told[-1] == ("died", A, "killed by SIGKILL")
     assert scene.updates.child is None
 

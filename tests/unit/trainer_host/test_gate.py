@@ -52,12 +52,12 @@ def test_a_slot_without_an_arena_passes_and_says_so() -> None:
     assert report.reasons == ("no validation battles for this slot",)
 
 
-def test_the_least_win_rate() -> None:
+def test_the_least_win_rate_is_asked_of_a_model_that_replaces_one() -> None:
     settings = GateSettings(min_win_rate=0.7)
-    assert judge_gate(rate(0.7), None, settings, size_bytes=10).passed
-    report = judge_gate(rate(0.69), None, settings, size_bytes=10)
+    assert judge_gate(rate(0.7), rate(0.6), settings, size_bytes=10).passed
+    report = judge_gate(rate(0.69), rate(0.6), settings, size_bytes=10)
     assert report.reasons == ("it wins 69.0% of its battles, less than 70.0%",)
-    assert not report.passed
+    assert judge_gate(rate(0.02), None, settings, size_bytes=10).passed
 
 
 def test_size() -> None:

@@ -36,6 +36,12 @@ def test_the_command_line_is_light() -> None:
     assert ended.stdout.strip() == "[]"
 
 
+def test_the_daemon_imports_no_tensorflow() -> None:
+    code = "import sys, trainer_host.daemon; print([name for name in ('tensorflow', 'keras') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
 def test_keys_are_made_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = config.parent / "host"
     assert call(config, "keys", "init") == 0
