@@ -7,19 +7,17 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
-from cryptography import x509
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 
+from protocol.broker_check import check_broker, check_transport
 from protocol.command_line import Finding, Health
 from protocol.errors import EdgeswapError, Misconfigured
-from protocol.link import Broker, Link
 from protocol.messages import MetadataSet
 from trainer_host import keys
 from trainer_host.database import Database, is_new
@@ -27,11 +25,9 @@ from trainer_host.repository import TIMESTAMP, Repository
 from trainer_host.settings import Settings
 from trainer_host.store import Store
 
-BROKER_S = 5.0
 TENSORFLOW_S = 120.0
 GIB = 1024**3
 DISK_WARNING_BYTES, DISK_FAILED_BYTES = 2 * GIB, GIB // 4
-CERTIFICATE_WARNING = timedelta(days=30)
 CLOCK_SLACK_S = 300.0
 _ROLES = {"root": Root, "targets": Targets, "snapshot": Snapshot, "timestamp": Timestamp}
 
@@ -40,8 +36,8 @@ def examine(settings: Settings) -> list[Finding]:
     """Make every check."""
     now = datetime.now(UTC)
     return [
-        *broker(settings.broker, settings.client_id),
-        *tls_files(settings.broker, now),
+        check_broker(settings.broker, settings.client_id),
+        *check_transport(settings.broker),
         clock(settings, now.timestamp()),
         disk(Path(settings.state_dir)),
         *key_files(Path(settings.keys_dir), settings),
@@ -50,41 +46,6 @@ def examine(settings: Settings) -> list[Finding]:
         tensorflow(),
         runtime(),
     ]
-
-
-def broker(settings: Broker, client_id: str, timeout_s: float = BROKER_S) -> Iterator[Finding]:
-    """Connect."""
-    try:
-        link = Link(settings, f"{client_id}-doctor", on_message=lambda _: None)
-    except Misconfigured as error:
-        yield Finding("broker", Health.FAILED, str(error), "Mend the [broker] table of the configuration.")
-        return
-    deadline = time.monotonic() + timeout_s
-    while not link.connected and link.refusal is None and time.monotonic() < deadline:
-        link.turn(0.1)
-    connected, refusal = link.connected, link.refusal
-    link.close()
-    if connected:
-        yield Finding("broker", Health.OK, f"connected to {settings.url}")
-    elif refusal:
-        remedy = "Check broker.username and password_file, or the certificate, and the broker's access list."
-        yield Finding("broker", Health.FAILED, f"{settings.url} refuses: {refusal}", remedy)
-    else:
-        remedy = "Is Mosquitto running, and do broker.host, port and the firewall fit? Try: systemctl status mosquitto"
-        yield Finding("broker", Health.FAILED, f"no connection to {settings.url} within {timeout_s:.0f} s", remedy)
-
-
-def tls_files(settings: Broker, now: datetime) -> Iterator[Finding]:
-    """Look at certificates and the private key."""
-    if settings.ca_file is None:
-        yield Finding("TLS", Health.OK, "not used")
-        return
-    for name in ("ca_file", "cert_file"):
-        path = getattr(settings, name)
-        if path is not None:
-            yield _certificate(f"broker.{name}", Path(path), now)
-    if settings.key_file is not None:
-        yield _private("broker.key_file", Path(settings.key_file))
 
 
 def clock(settings: Settings, now: float) -> Finding:
@@ -211,20 +172,6 @@ def _unusable_key(role: str, error: Misconfigured) -> Finding:
         return Finding("key targets", Health.WARNING, f"no release can be signed here: {error}", remedy)
     remedy = "Put it back from your copy, and check passphrase_file: without it signatures run out."
     return Finding(f"key {role}", Health.FAILED, str(error), remedy)
-
-
-def _certificate(name: str, path: Path, now: datetime) -> Finding:
-    try:
-        certificates = x509.load_pem_x509_certificates(path.read_bytes())
-    except (OSError, ValueError) as error:
-        return Finding(name, Health.FAILED, f"cannot read {path}: {error}", "Provision this host's certificates again.")
-    expires = min(certificate.not_valid_after_utc for certificate in certificates)
-    detail = f"{path} expires {expires:%Y-%m-%d}"
-    if expires <= now:
-        return Finding(name, Health.FAILED, detail.replace("expires", "expired"), "Issue a new certificate.")
-    if expires - now < CERTIFICATE_WARNING:
-        return Finding(name, Health.WARNING, detail, "Issue a new certificate before then.")
-    return Finding(name, Health.OK, detail)
 
 
 def _private(name: str, path: Path) -> Finding:

@@ -2,20 +2,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
 from protocol.command_line import Finding, Health
-from protocol.link import Broker
 from trainer_host import doctor
 from trainer_host.__main__ import app
 from trainer_host.database import Database
@@ -42,67 +36,6 @@ def broker(tmp_path: Path) -> Iterator[PrivateBroker]:
 def health(findings: list[Finding]) -> dict[str, Health]:
     assert all(finding.remedy for finding in findings if finding.health is not Health.OK)
     return {finding.name: finding.health for finding in findings}
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
-
-
-def test_the_broker(broker: PrivateBroker) -> None:
-    assert health(list(doctor.broker(Broker(port=broker.port), "h"))) == {"broker": Health.OK}
-    nobody = list(doctor.broker(Broker(port=free_port()), "h", timeout_s=0.2))
-    assert health(nobody) == {"broker": Health.FAILED}
-    plain = list(doctor.broker(Broker(host="far.example"), "h"))
-    assert health(plain) == {"broker": Health.FAILED}
-    assert "allow_plain" in plain[0].detail
-
-
-def test_a_broker_that_refuses(tmp_path: Path) -> None:
-    with PrivateBroker(tmp_path / "strict") as strict:
-        config = tmp_path / "strict" / "mosquitto.conf"
-        text = config.read_text().replace("allow_anonymous true", "allow_anonymous false")
-        strict.stop()
-        strict._config = lambda port: text  # type: ignore[method-assign] # noqa: ARG005
-        strict.start()
-        (finding,) = doctor.broker(Broker(port=strict.port), "h", timeout_s=5.0)
-    assert finding.health is Health.FAILED
-    assert "refuses" in finding.detail
-
-
-def certificate(path: Path, days: float) -> None:
-    key = Ed25519PrivateKey.generate()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "host")])
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(NOW - timedelta(days=400))
-        .not_valid_after(NOW + timedelta(days=days))
-        .sign(key, None)
-    )
-    path.write_bytes(made.public_bytes(Encoding.PEM))
-
-
-@pytest.mark.parametrize(("days", "expected"), [(365, Health.OK), (10, Health.WARNING), (-1, Health.FAILED)])
-def test_certificates_run_out(tmp_path: Path, days: float, expected: Health) -> None:
-    certificate(tmp_path / "c.pem", days)
-    (tmp_path / "k.pem").write_text("key")
-    (tmp_path / "k.pem").chmod(0o644)
-    broker = Broker(ca_file=str(tmp_path / "c.pem"), key_file=str(tmp_path / "k.pem"))
-    found = health(list(doctor.tls_files(broker, NOW)))
-    assert found == {"broker.ca_file": expected, "broker.key_file": Health.WARNING}
-
-
-def test_tls_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "c.pem").write_text("no certificate")
-    broker = Broker(ca_file=str(tmp_path / "c.pem"), cert_file=str(tmp_path / "x"), key_file=str(tmp_path / "y"))
-    assert set(health(list(doctor.tls_files(broker, NOW))).values()) == {Health.FAILED}
-    assert health(list(doctor.tls_files(Broker(), NOW))) == {"TLS": Health.OK}
 
 
 def test_a_clock_behind_our_own_files_is_wrong(settings: Settings) -> None:
