@@ -19,12 +19,15 @@ from cyclopts import App, Parameter
 from edge_agent import settings as configuration
 from protocol import command_line
 from protocol.command_line import JsonFlag
-from protocol.errors import Unavailable
+from protocol.errors import EdgeswapError, Unavailable
 from protocol.messages import ModelRef, Status
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
 ]
+
+# The daemon writes it once a minute at least.
+MAX_STATUS_AGE_S = 180.0
 
 app = App(
     name="edge-agent",
@@ -46,6 +49,8 @@ def run(*, config: ConfigFile = None) -> int:
         signal.signal(signum, lambda number, _frame: stop.append(number))
     try:
         Supervisor(settings).run(lambda: bool(stop))
+    except EdgeswapError:
+        raise  # one line on stderr, by the caller
     except Exception:
         logging.getLogger("edge_agent").exception("the supervisor failed")
         raise
@@ -62,6 +67,8 @@ def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
         age_s = time.time() - path.stat().st_mtime
     except OSError as error:
         raise Unavailable(f"no status in {path}: is the daemon running? ({error.strerror})") from error
+    if age_s > MAX_STATUS_AGE_S:
+        raise Unavailable(f"the last status in {path} is {age_s:.0f} s old: is the daemon running?")
     said = msgspec.json.decode(data, type=Status)
     if json:
         sys.stdout.write(data.decode() + "\n")

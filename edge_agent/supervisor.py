@@ -31,7 +31,7 @@ from edge_agent.streaming import Streaming
 from edge_agent.telemetry import Sensors
 from edge_agent.updates import Updates
 from protocol import service, topics
-from protocol.errors import Unavailable
+from protocol.errors import Misconfigured, Unavailable
 from protocol.link import HasFileno, Link, Message, Will
 from protocol.messages import Event, ModelRef, Status
 from protocol.release import Release
@@ -57,8 +57,11 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = Path(settings.state_dir)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        Path(settings.runtime_dir).mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder, Path(settings.runtime_dir)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Misconfigured(f"cannot use the folder {folder}: {error.strerror}") from error
         self._started_at = time.monotonic()
         self._telemetry_at = 0.0
         self._collect_at = 0.0

@@ -117,9 +117,7 @@ class Transfer:
         if not intact:
             self.wrong[digest] += 1
             if self.wrong[digest] >= MAX_WRONG:
-                raise Rejected(
-                    CHUNK_MISMATCH, f"{MAX_WRONG} times the data sent as chunk {digest} was not that chunk"
-                )
+                raise Rejected(CHUNK_MISMATCH, f"{MAX_WRONG} times the data sent as chunk {digest} was not that chunk")
             return False
         del self._missing[digest]
         self._attempt = 1

@@ -40,8 +40,9 @@ class Process:
 class Scene:
     def __init__(self, judge: Judge | None = None, limit_s: float = 600.0) -> None:
         ours, theirs = socket.socketpair()
-        self.process: Any = Process()
-        self.child: Child[FromTrial] = Child(self.process, Channel(ours, FromTrial), "trial")
+        process: Any = Process()
+        self.process = process
+        self.child: Child[FromTrial] = Child(process, Channel(ours, FromTrial), "trial")
         self.end: Channel[ToTrial] = Channel(theirs, ToTrial)
         self.hot = False
         self.comparison = Comparison(

@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_a_file_is_written_and_replaced(tmp_path: Path, sync: bool) -> None:  # noqa: FBT001
+def test_a_file_is_written_and_replaced(tmp_path: Path, sync: bool) -> None:
     path = tmp_path / "model"
     write_durably(path, b"one", sync=sync)
     write_durably(path, b"", sync=sync)

@@ -328,7 +328,7 @@ class Streaming(RuleBasedStateMachine):
 
     @precondition(lambda self: self.network)
     @rule(which=st.integers(0, 10), keep=st.booleans())
-    def deliver(self, which: int, keep: bool) -> None:  # noqa: FBT001
+    def deliver(self, which: int, keep: bool) -> None:
         batch = self.network[which % len(self.network)]
         if not keep:
             self.network.remove(batch)

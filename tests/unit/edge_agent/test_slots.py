@@ -56,7 +56,9 @@ def release(version: int, length: int = 2, golden: int = 3) -> Release:
         actions=("hit", "run"),
         features=FeatureSpec(),
         golden=Golden(
-            inputs=tuple((float(version),) * length for _ in range(golden)), outputs=((0.0, 0.0),) * golden, tolerance=1.0
+            inputs=tuple((float(version),) * length for _ in range(golden)),
+            outputs=((0.0, 0.0),) * golden,
+            tolerance=1.0,
         ),
     )
 
@@ -113,7 +115,7 @@ class Scene:
     """A slot, its clock, and the rest of the daemon as far as it is needed."""
 
     folder: Path
-    settings: SlotSettings = SlotSettings()
+    settings: SlotSettings = field(default_factory=SlotSettings)
     clean: bool = True
     now: float = 100.0
     releases: dict[str, Release] = field(default_factory=dict)

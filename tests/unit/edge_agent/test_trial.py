@@ -163,7 +163,7 @@ def test_recent_states_replace_those_it_began_with(tmp_path: Path) -> None:
     heard(channel, lambda messages: len(messages) > 1)
     assert seen == {STATE}
     channel.send(RecentInputs(fresh))
-    heard(channel, lambda messages: seen >= set(fresh))
+    heard(channel, lambda _messages: seen >= set(fresh))
     seen.clear()
     heard(channel, lambda messages: len(messages) > 3)
     channel.close()

@@ -198,8 +198,7 @@ def test_a_postponed_model_is_looked_at_again_after_a_growing_pause_until_a_new_
         while len(scene.stagers) == attempt:
             scene.tick(1.0)
         pauses.append(scene.now - began)
-    for pause, expected in zip(pauses, [FIRST_RETRY_S * 2**n for n in range(9)], strict=True):
-        expected = min(expected, LAST_RETRY_S)
+    for pause, expected in zip(pauses, [min(FIRST_RETRY_S * 2**n, LAST_RETRY_S) for n in range(9)], strict=True):
         assert 0.75 * expected - 1 <= pause <= 1.25 * expected + 1
     assert scene.told.count(("postponed", A, "no_answer", "text")) == 9
     scene.updates.metadata_arrived(b"newer")
@@ -228,7 +227,7 @@ def test_a_stager_that_gives_no_sign_is_killed(scene: Scene) -> None:
     scene.arrived(A)
     scene.says(VERIFIED)
     scene.tick(STALL_LIMIT_S - 1)
-    assert scene.told[-1] == ("verified", 3)
+    assert len(scene.told) == 1
     scene.tick(2.0)
     assert scene.told[-1] == ("died", A, "killed by SIGKILL")
     assert scene.updates.child is None

@@ -49,7 +49,7 @@ def refused(decoder: Decoder[Any], payload: bytes) -> Rejected:
 
 
 @given(messages | st.lists(messages, max_size=3), st.booleans())
-def test_a_message_comes_back_in_both_formats(message: Observation | list[Observation], as_json: bool) -> None:  # noqa: FBT001
+def test_a_message_comes_back_in_both_formats(message: Observation | list[Observation], as_json: bool) -> None:
     payload = encode(message, as_json=as_json)
     assert is_json(payload) is as_json
     assert observations.decode(payload) == message
@@ -83,7 +83,7 @@ def test_message_pack_is_told_by_its_first_byte() -> None:
     ],
 )
 @pytest.mark.parametrize("as_json", [True, False])
-def test_the_wrong_field_is_named(value: Any, field: str, as_json: bool) -> None:  # noqa: FBT001
+def test_the_wrong_field_is_named(value: Any, field: str, as_json: bool) -> None:
     assert refused(observations, encode(value, as_json=as_json)).field == field
 
 
@@ -146,7 +146,7 @@ def test_any_bytes_are_a_message_or_refused(payload: bytes) -> None:
 
 
 @given(messages, st.booleans(), st.data())
-def test_a_damaged_message_is_a_message_or_refused(message: Observation, as_json: bool, data: st.DataObject) -> None:  # noqa: FBT001
+def test_a_damaged_message_is_a_message_or_refused(message: Observation, as_json: bool, data: st.DataObject) -> None:
     payload = bytearray(encode(message, as_json=as_json))
     payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
     readable(one, bytes(payload))  # any error but `Rejected` fails the test

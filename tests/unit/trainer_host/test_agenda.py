@@ -24,7 +24,7 @@ SETTINGS = AutoPublishSettings(min_new_transitions=10, min_seconds=60.0)
     ("new", "idle_s", "due"),
     [(9, None, False), (10, None, True), (10, 59.9, False), (10, 60.0, True), (9, 1e9, False)],
 )
-def test_when_training_is_due(new: int, idle_s: float | None, due: bool) -> None:  # noqa: FBT001
+def test_when_training_is_due(new: int, idle_s: float | None, due: bool) -> None:
     assert is_due(SETTINGS, SlotTotal("combat", 1000, new), idle_s) is due
 
 

@@ -111,7 +111,7 @@ def test_an_outcome_counts_even_where_its_own_row_is_unfit() -> None:
     ("taken", "won", "expected"),
     [(True, True, [0, 1, 2]), (True, False, [0, 1]), (False, True, [0, 2]), (False, False, [])],
 )
-def test_selection(taken: bool, won: bool, expected: list[int]) -> None:  # noqa: FBT001
+def test_selection(taken: bool, won: bool, expected: list[int]) -> None:
     rows = [
         row(battle="w", step=0, features=np.full(3, 0, "<f4").tobytes()),
         row(battle="l", features=np.full(3, 1, "<f4").tobytes()),

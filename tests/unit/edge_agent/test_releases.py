@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_agent.releases import Releases
+from protocol.errors import Unavailable
+from protocol.features import FeatureSpec
+from protocol.release import Golden, Release, Tensor
+
+
+def release(version: int, notes: str = "") -> Release:
+    return Release(
+        slot="combat",
+        version=version,
+        digest=f"{version:x}" * 64,
+        length=1,
+        manifest="f" * 64,
+        inputs=(Tensor(name="in", shape=(1, 2), dtype="float32"),),
+        outputs=(Tensor(name="out", shape=(1, 1), dtype="float32"),),
+        actions=("hit",),
+        features=FeatureSpec(),
+        golden=Golden(inputs=((1.0, 2.0),), outputs=((0.0,),), tolerance=1.0),
+        notes=notes,
+    )
+
+
+ONE, TWO = release(1), release(2)
+
+
+def test_what_was_kept_is_known_after_a_restart(tmp_path: Path) -> None:
+    Releases(tmp_path / "releases").keep(ONE)
+    again = Releases(tmp_path / "releases")
+    assert again.get(ONE.digest) == ONE
+    assert again.get(TWO.digest) is None
+
+
+def test_keeping_what_is_known_writes_nothing_and_a_change_is_written(tmp_path: Path) -> None:
+    releases = Releases(tmp_path)
+    releases.keep(ONE)
+    file = tmp_path / f"{ONE.digest}.json"
+    before = file.stat().st_ino
+    releases.keep(ONE)
+    assert file.stat().st_ino == before
+    releases.keep(release(1, notes="new"))
+    assert Releases(tmp_path).get(ONE.digest) == release(1, notes="new")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"slot":"\xff"}', b"\xff"])
+def test_a_damaged_file_is_as_good_as_none_and_is_mended_by_the_next_metadata(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / f"{ONE.digest}.json").write_bytes(content)
+    releases = Releases(tmp_path)
+    assert releases.get(ONE.digest) is None
+    releases.keep(ONE)
+    assert Releases(tmp_path).get(ONE.digest) == ONE
+
+
+def test_all_but_what_is_pinned_is_forgotten(tmp_path: Path) -> None:
+    releases = Releases(tmp_path)
+    releases.keep(ONE)
+    releases.keep(TWO)
+    releases.collect({TWO.digest})
+    assert releases.get(ONE.digest) is None
+    assert releases.get(TWO.digest) == TWO
+    assert Releases(tmp_path).get(ONE.digest) is None
+
+
+def test_what_cannot_be_written_is_not_known(tmp_path: Path) -> None:
+    releases = Releases(tmp_path / "releases")
+    (tmp_path / "releases").rmdir()
+    with pytest.raises(Unavailable):
+        releases.keep(ONE)
+    assert releases.get(ONE.digest) is None
+
+
+def test_a_disk_that_does_not_let_go_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / f"{ONE.digest}.json").mkdir()
+    with pytest.raises(Unavailable):
+        Releases(tmp_path).collect(set())
