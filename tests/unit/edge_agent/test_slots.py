@@ -499,7 +499,7 @@ def test_recent_states_are_what_is_compared_on(scene: Scene) -> None:
 
 def test_the_empty_state_that_ends_a_battle_is_not_compared_on(scene: Scene) -> None:
     worker = scene.serving(1)
-    scene.says(worker, Records([served(b"\1" * 8), served(b"")], 0))
+    scene.says(worker, Records([served(b"\1" * 8), *[served(b"")] * RECENT_STATES], 0))
     scene.stage(2)
     assert scene.trials[0].what.new_inputs == [b"\1" * 8]
 
