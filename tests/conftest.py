@@ -1,7 +1,7 @@
 """For all tests: how Hypothesis looks for examples.
 
-Time limits of single examples say more about the machine than about the code, so there are none. In CI the same examples
-are tried each time: a run that fails there fails here too.
+Time limits of single examples say more about the machine than about the code, so there are none. In CI the same
+examples are tried each time: a run that fails there fails here too.
 """
 
 from __future__ import annotations
