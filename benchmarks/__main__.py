@@ -45,6 +45,7 @@ def bench(
             figures += answering.round_trips(fleet, blocks=runs, seconds=1.0 if quick else 3.0)
             figures.append(answering.alone(small.read_bytes(), rounds=runs * 5))
             figures += living.start_up(fleet, small, runs=runs)
+            figures += living.replacement(fleet, runs=runs)
         if sys.platform == "linux":
             figures += living.memory(folder / "memory", small.read_bytes(), environments)
         figures += swapping.swaps(folder / "small", "small", small.read_bytes(), runs=3 if quick else 5)

@@ -165,6 +165,10 @@ class Fleet:
         living = psutil.Process(self._agent.pid).children()
         return [child.pid for child in living if child.status() != psutil.STATUS_ZOMBIE]
 
+    def workers(self) -> list[int]:
+        """Those that answer."""
+        return [pid for pid in self.children() if "edge_agent.worker" in psutil.Process(pid).cmdline()]
+
     def close(self) -> None:
         """End everything."""
         self.stop_agent()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.figures import Figure, bounded, compared, median
@@ -26,7 +29,7 @@ def start_up(fleet: Fleet, model: Path, *, runs: int) -> list[Figure]:
         progress(f"start-up, run {run + 1} of {runs}")
         fleet.stop_agent()
         fleet.pause(0.2)
-        ours.append(_until_answer(fleet))
+        ours.append(_until_answer(fleet, fleet.start_agent))
         began = time.monotonic()
         subprocess.run([sys.executable, "-c", _BARE, str(model)], check=True, capture_output=True)
         bare.append(time.monotonic() - began)
@@ -36,7 +39,25 @@ def start_up(fleet: Fleet, model: Path, *, runs: int) -> list[Figure]:
     ]
 
 
-def _until_answer(fleet: Fleet) -> float:
+def replacement(fleet: Fleet, *, runs: int) -> list[Figure]:
+    """From the kill -9 of the only worker to the next answer."""
+    times = []
+    for run in range(runs):
+        progress(f"killed worker, run {run + 1} of {runs}")
+        fleet.stop_agent()
+        fleet.start_agent()  # afresh, since one that dies again and again is replaced after a growing pause
+        fleet.wait(lambda: fleet.serves(0) and len(fleet.workers()) == 1, "one worker serves")
+        times.append(_until_answer(fleet, lambda: _kill(fleet.workers()[0])))
+    return [bounded("killed worker to next answer", "s", median(times), 1.0)]
+
+
+def _kill(pid: int) -> float:
+    os.kill(pid, signal.SIGKILL)
+    return time.monotonic()
+
+
+def _until_answer(fleet: Fleet, begin: Callable[[], float]) -> float:
+    """Seconds from `begin` to the first answer after it."""
     answers: list[float] = []
     link = Link(
         Broker(port=fleet.broker.port), "bench-first", on_message=lambda _message: answers.append(time.monotonic())
@@ -44,7 +65,7 @@ def _until_answer(fleet: Fleet) -> float:
     link.subscribe((TOPICS[1], 0))
     while not link.connected:
         link.turn(0.1)
-    began = fleet.start_agent()
+    began = begin()
     state = STATE.replace(b"########", b"10000000")
     while not answers:
         if time.monotonic() - began > 30:
