@@ -18,6 +18,7 @@ from demo.stage import Stage, StepFailed
 from protocol.errors import EdgeswapError
 
 MARK = ".made-by-demo"
+INTERRUPTED = 130
 
 app = App(name="demo", help="Show the whole loop once, live.")
 
@@ -43,18 +44,18 @@ def main(
         screen.fact(str(error), good=False)
         return 1
     demo = Demo(stage, screen, seed)
+    held: bool | None = None
     try:
         held = demo.play()
-        if keep:
-            demo.say_how_to_play_with_it()
-            while True:
-                stage.observe(0.5)
+        if held:
+            demo.say_what_next(keep=keep)
+        while keep:
+            stage.observe(0.5)
     except KeyboardInterrupt:
         screen.console.print("\nstopped; ending broker, agent and host")
-        return 0 if keep else 130
     finally:
         stage.close()
-    return 0 if held else 1
+    return INTERRUPTED if held is None else 0 if held else 1
 
 
 if __name__ == "__main__":

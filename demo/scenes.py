@@ -63,11 +63,11 @@ class Demo:
     def play(self) -> bool:
         """Play every scene; whether every step held."""
         scenes: tuple[tuple[str, Callable[[], str]], ...] = (
-            ("Set up: keys, a signed untrained version 0, a device that trusts the root", self._set_up),
-            ("Version 0 plays against the scripted opponent", lambda: self._count(0)),
-            ("A stronger player plays, the agent streams, the trainer learns", self._learn),
-            ("The agent stages, tries and commits version 1 while battles go on", self._swap),
-            ("Version 1 plays against the scripted opponent", lambda: self._count(1)),
+            ("Keys, a signed untrained version 0, a device", self._set_up),
+            ("Version 0 plays the scripted opponent", lambda: self._count(0)),
+            ("A stronger player plays, the trainer learns", self._learn),
+            ("Version 1 is staged, tried, committed in play", self._swap),
+            ("Version 1 plays the scripted opponent", lambda: self._count(1)),
             ("A signed but much slower version 2", self._publish_slow),
             ("A tampered model", self._tamper),
             ("An older metadata set, replayed", self._replay),
@@ -85,15 +85,23 @@ class Demo:
         self._screen.table("What happened", self._rows)
         held = len(self._rows) == len(scenes) and all(held == "yes" for _, held, _ in self._rows)
         self._screen.console.print(f"Everything lies in {self._stage.folder}; logs are in logs/.")
-        if held:
-            self._say_what_next()
         return held
 
-    def say_how_to_play_with_it(self) -> None:
-        """Where everything listens, while it is left running."""
-        self._screen.console.print(
-            f"\nBroker, agent and host go on until Ctrl-C. The broker is at 127.0.0.1:{self._stage.broker.port}."
-        )
+    def say_what_next(self, *, keep: bool) -> None:
+        """Three commands to try, on what lies there or on what goes on running."""
+        folder = self._stage.folder
+        commands = [
+            f".venv/bin/edge-agent history --config {folder / 'agent.toml'}",
+            f".venv/bin/trainer-host models --config {folder / 'host.toml'}",
+        ]
+        if keep:
+            self._screen.console.print("Broker, agent and host go on until Ctrl-C. Next, in another terminal:")
+            commands.append(f"mosquitto_sub -p {self._stage.broker.port} -t 'fleet/v1/{DEVICE}/#' -v")
+        else:
+            self._screen.console.print("Next:")
+            commands.append('make demo DEMO_FLAGS="--keep"')
+        for command in commands:
+            self._screen.console.print(f"  {command}", soft_wrap=True)
 
     # The scenes. Each returns what was seen, or raises `StepFailed`.
 
@@ -109,7 +117,7 @@ class Demo:
         stage.start("host", *self._host, "run", "--config", str(stage.folder / "host.toml"))
         stage.start("agent", "edge_agent", "run", "--config", str(stage.folder / "agent.toml"))
         request = UntrainedRequest(recipe=table.named(SLOT), output=str(stage.folder / "untrained"), seed=self._seed)
-        self._publish(run_job(request), "untrained")
+        self._publish(self._made(request), "untrained")
         with self._screen.moving() as moving:
             moving.show("the agent fetches version 0")
             stage.wait(lambda: self._serves(0), 60.0, "the agent serves version 0")
@@ -126,10 +134,17 @@ class Demo:
         if set(report["versions"]) != {str(version)}:
             raise StepFailed(f"versions {sorted(report['versions'])} answered, not {version} alone")
         self._win_rates[version] = report
-        seen = f"{_win_rate(report)}; an answer takes {_latency(report)} as the game measures it"
-        if version == 1 and report["low"] <= self._win_rates[0]["high"]:
-            raise StepFailed(f"{seen}: not clearly better than {_win_rate(self._win_rates[0])}")
-        return seen
+        self._screen.fact(
+            f"{report['battles_per_s']:.0f} battles/s; an answer takes {_latency(report)} as the game measures it"
+        )
+        self._screen.fact(self._telemetry())
+        seen = _win_rate(report)
+        if version == 0:
+            return seen
+        before = self._win_rates[0]
+        if report["low"] <= before["high"]:
+            raise StepFailed(f"{seen}: not clearly better than {_win_rate(before)}")
+        return f"{seen}, up from {before['win_rate']:.1%}"
 
     def _learn(self) -> str:
         options = {"player": "expert", "battles": LEARNED_BATTLES, "seed": self._seed + 1000, "concurrent": 64}
@@ -178,7 +193,8 @@ class Demo:
         assert verdict is not None
         self._screen.fact(
             f"trial: {verdict.pairs} pairs, median ratio {verdict.ratio_median:.2f}, "
-            f"evidence {verdict.evidence:.2g} against and {verdict.acceptance:.2g} for it"
+            f"evidence against it {verdict.evidence:.2g} (1000 refuses it), "
+            f"for it {_up_to_a_million(verdict.acceptance)} (100 commits it)"
         )
         return (
             f"committed; of {report['battles']} battles meanwhile none was interrupted "
@@ -198,8 +214,8 @@ class Demo:
         request = PaddedRequest(
             network=self._network, output=str(self._stage.folder / "slow"), width=SLOW_WIDTH, seed=self._seed
         )
-        self._publish(run_job(request), "the same policy behind much more work")
-        self._gated_and_released(version)
+        self._publish(self._made(request), "the same policy behind much more work")
+        self._screen.fact(self._gated_and_released(version))
         with self._screen.moving() as moving:
             event = self._stage.wait(
                 lambda: self._found("refused", version),
@@ -211,9 +227,9 @@ class Demo:
         if event.reason != "slower" or verdict is None or not self._serves(1):
             raise StepFailed(f"refused as {event.reason}: {event.text}")
         return (
-            f"refused as slower after {verdict.pairs} pairs: evidence {verdict.evidence:.3g} (1000 is needed), "
-            f"median ratio {verdict.ratio_median:.0f}, p50/p99 {verdict.new_us_p50:.0f}/{verdict.new_us_p99:.0f} µs "
-            f"against {verdict.old_us_p50:.0f}/{verdict.old_us_p99:.0f} µs; version 1 stays"
+            f"refused as slower: {verdict.pairs} pairs, evidence {verdict.evidence:.0f} (1000 is needed), median ratio "
+            f"{verdict.ratio_median:.0f}, p50/p99 {verdict.new_us_p50:.0f}/{verdict.new_us_p99:.0f} µs against "
+            f"{verdict.old_us_p50:.0f}/{verdict.old_us_p99:.0f} µs; version 1 stays"
         )
 
     def _tamper(self) -> str:
@@ -238,8 +254,11 @@ class Demo:
         )
         if event.reason not in reasons or not self._serves(1):
             raise StepFailed(f"refused as {event.reason}: {event.text}")
-        stage.wait(lambda: stage.metadata == genuine or None, 30.0, "the host puts its own set back")
-        return f"refused as {event.reason} ({event.text}); version 1 stays, and the host put its own set back"
+        with self._screen.moving() as moving:
+            moving.show(f"refused as {event.reason}; waiting until the host puts its own set back")
+            stage.wait(lambda: stage.metadata == genuine or None, 30.0, "the host puts its own set back")
+        self._screen.fact(event.text)
+        return f"refused as {event.reason}; version 1 stays, and the host put its own set back"
 
     def _gated_and_released(self, version: int) -> str:
         stage = self._stage
@@ -251,14 +270,22 @@ class Demo:
         if ended["kind"] == "refused":
             raise StepFailed(f"the gate refused it: {ended['reasons']}")
         gate = self._said("gate") or {}
-        return f"gate passed ({'; '.join(gate.get('reasons', []))}); signed and published as version {version}"
+        self._screen.fact(f"gate passed: {'; '.join(gate.get('reasons', []))}")
+        return f"signed and published as version {version}"
 
     def _publish(self, made: Exported, notes: str) -> None:
         self._trainer_host("publish", made.released.path, "--slot", SLOT, "--notes", notes)
 
+    def _made(self, request: UntrainedRequest | PaddedRequest) -> Exported:
+        with self._screen.moving() as moving:
+            moving.show("a process with TensorFlow makes the model")
+            return run_job(request)
+
     def _trainer_host(self, *command: str) -> str:
         config = str(self._stage.folder / "host.toml")
-        return self._stage.run("-".join(command[:2]).replace("/", "_")[:40], *self._host, *command, "--config", config)
+        with self._screen.moving() as moving:
+            moving.show(f"trainer-host {command[0]}")
+            return self._stage.run(f"trainer-host-{command[0]}", *self._host, *command, "--config", config)
 
     def _watch(self, game: Game, limit_s: float) -> dict[str, Any]:
         """Show a game while it is played; its closing report."""
@@ -311,15 +338,9 @@ class Demo:
     def _event(self, kind: str, version: int) -> Event:
         return self._stage.wait(lambda: self._found(kind, version), 10.0, f"the agent reports {kind}")
 
-    def _say_what_next(self) -> None:
-        folder = self._stage.folder
-        self._screen.console.print("Next:")
-        for command in (
-            f".venv/bin/edge-agent history --config {folder / 'agent.toml'}",
-            f".venv/bin/trainer-host models --config {folder / 'host.toml'}",
-            'make demo DEMO_FLAGS="--keep"',
-        ):
-            self._screen.console.print(f"  {command}", soft_wrap=True)
+
+def _up_to_a_million(value: float) -> str:
+    return f"{value:.3g}" if value < 1e6 else "over a million"
 
 
 def _win_rate(report: dict[str, Any]) -> str:

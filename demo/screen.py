@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -28,7 +29,7 @@ class Screen:
         """Begin a scene."""
         self._scene += 1
         elapsed_s = time.monotonic() - self._began
-        self.console.print(f"\n[bold cyan]{self._scene}  {title}[/]  [dim]{elapsed_s:.0f} s[/]")
+        self.console.print(f"\n[bold cyan]{self._scene}  {title}[/] [dim]({elapsed_s:.0f}\u00a0s)[/]")
 
     def fact(self, text: str, *, good: bool | None = None) -> None:
         """Print something that was observed."""
@@ -57,7 +58,7 @@ class Screen:
 
     def table(self, title: str, rows: list[tuple[str, str, str]]) -> None:
         """The closing table: step, whether it held, what was seen."""
-        table = Table(title=title, title_justify="left", show_lines=False)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         for column in ("step", "held", "what was seen"):
             table.add_column(column)
         for step, held, seen in rows:

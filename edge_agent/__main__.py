@@ -26,11 +26,13 @@ ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
 ]
 
+PROGRAM = "edge-agent"
+
 # The daemon writes it once a minute at least.
 MAX_STATUS_AGE_S = 180.0
 
 app = App(
-    name="edge-agent",
+    name=PROGRAM,
     help="Answers a game's battle states on this device, and keeps its models up to date.",
     version=importlib.metadata.version("edgeswap"),
 )
@@ -41,6 +43,7 @@ def run(*, config: ConfigFile = None) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     from edge_agent.supervisor import Supervisor  # noqa: PLC0415
     from protocol import service  # noqa: PLC0415
+    from protocol.lock import only_daemon  # noqa: PLC0415
 
     settings = configuration.load(config)
     service.set_up_logging()
@@ -48,7 +51,8 @@ def run(*, config: ConfigFile = None) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _frame: stop.append(number))
     try:
-        Supervisor(settings).run(lambda: bool(stop))
+        with only_daemon(Path(settings.state_dir), PROGRAM):
+            Supervisor(settings).run(lambda: bool(stop))
     except EdgeswapError:
         raise  # one line on stderr, by the caller
     except Exception:

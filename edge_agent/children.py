@@ -6,6 +6,7 @@ assignment. A child whose supervisor has gone sees its channel closed, and ends.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import signal
 import socket
@@ -17,6 +18,7 @@ from msgspec import Struct
 
 from edge_agent.battles import Served
 from edge_agent.channel import Channel
+from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
 from protocol.link import Broker
 
@@ -210,10 +212,11 @@ class Child(Generic[T]):
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def kill(self, timeout_s: float = 2.0) -> None:
-        """End the process at once, and reap it."""
+        """End the process at once, and reap it; one that waits for a failing disk ends when the kernel lets it."""
         self.channel.close()
         self.process.kill()
-        self.process.wait(timeout_s)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
 
 
 def start(module: str, assignment: Any, answers: Any, name: str) -> Child[Any]:
@@ -224,14 +227,21 @@ def start(module: str, assignment: Any, answers: Any, name: str) -> Child[Any]:
         assignment: Its first message.
         answers: The union of structs it sends.
         name: For people.
+
+    Raises:
+        Unavailable: The system has no process, memory or descriptor to give.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"edge_agent.{module}", "--fd", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
+    try:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", f"edge_agent.{module}", "--fd", str(theirs.fileno())]
+            try:
+                process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            except OSError:
+                ours.close()
+                raise
+    except OSError as error:
+        raise Unavailable(f"cannot start the {name}: {error}") from error
     channel: Channel[Any] = Channel(ours, answers)
     channel.send(assignment)
     return Child(process, channel, name)

@@ -6,6 +6,7 @@ Serves both the trial before a commit and the watch after it; they differ in the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -43,7 +44,7 @@ class Comparison:
         timed_out: It has run for its whole time without a decision.
         died: The process has ended by itself.
         failure: What the candidate did wrong, as `(reason, text)`.
-        baseline_failed: The old model failed, so that there is nothing to compare with.
+        baseline_failure: Why the old model cannot be run, as `(reason, text)`: there is nothing to compare with.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class Comparison:
         self.timed_out = False
         self.died = False
         self.failure: tuple[str, str] | None = None
-        self.baseline_failed = False
+        self.baseline_failure: tuple[str, str] | None = None
         self._judge = judge
         self._throttled = throttled
         self._ends_at = now + limit_s
         self._heard_at = now
-        self._refresh_at = now + REFRESH_S
+        self._refresh_at = math.inf  # not before the child has read its assignment, and says so
 
     def receive(self, now: float) -> None:
         """Deal with what the trial said, or with its end."""
@@ -72,16 +73,18 @@ class Comparison:
                     self.failure = (message.reason, message.text)
                 case BaselineFailed():
                     log.error("trial %d: the old model failed: %s", self.child.pid, message.text)
-                    self.baseline_failed = True
+                    self.baseline_failure = (message.reason, message.text)
                 case TrialReady():
+                    self._refresh_at = now + REFRESH_S
                     log.info("trial %d: the second model took %.1f MB", self.child.pid, message.memory_bytes / 1e6)
         self.died = self.child.channel.closed and not self.ended
 
-    def tick(self, now: float, recent: Sequence[bytes]) -> None:
+    def tick(self, now: float, recent: Callable[[], Sequence[bytes]]) -> None:
         """Pass on fresh states, and end what has no end."""
-        if now >= self._refresh_at and recent:
+        if now >= self._refresh_at:
             self._refresh_at = now + REFRESH_S
-            self.child.channel.send(RecentInputs(list(recent)))
+            if inputs := list(recent()):
+                self.child.channel.send(RecentInputs(inputs))
         self.child.channel.flush()
         if now - self._heard_at > START_LIMIT_S:
             log.error("trial %d gives no sign; killing it", self.child.pid)
@@ -91,7 +94,8 @@ class Comparison:
     @property
     def ended(self) -> bool:
         """Whether there is something to tell."""
-        return self.decided or self.timed_out or self.died or self.baseline_failed or self.failure is not None
+        failed = self.failure is not None or self.baseline_failure is not None
+        return self.decided or self.timed_out or self.died or failed
 
     def verdict(self) -> Verdict:
         """The judge's verdict on what was heard."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -74,13 +74,14 @@ class Database:
             durable: Survives a power loss, whatever `synchronous` is.
 
         Raises:
-            Unavailable: The disk is full or failed, the file is locked, or it turned out damaged and was replaced.
+            Unavailable: The disk is full or failed, the file is locked, or it turned out damaged and was replaced, or
+                could not be.
         """
-        # A damaged file could not be replaced (the disk was full, say): try again now.
-        connection = self._connection = self._connection or self._open_or_replace()
+        # There is none where a damaged file could not be replaced (the disk was full, say): try again now.
+        connection = self._connection or self._reopen(self._open_or_replace)
         try:
-            if durable:
-                connection.execute("PRAGMA synchronous=FULL")
+            # Set before, not restored after: a statement after COMMIT could fail though all is written.
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else self._synchronous}")
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
@@ -88,15 +89,12 @@ class Database:
             if not is_damage(error):
                 self._roll_back(connection)
                 raise Unavailable(f"{self.path}: {error}") from error
-            connection.close()
-            self._connection = None
-            self._connection = self._replace()
+            self._drop(connection)
+            self._reopen(self._replace)
             raise Unavailable(f"{self.path} was damaged ({error}); it is now {self.set_aside}") from error
         except BaseException:
             self._roll_back(connection)
             raise
-        if durable:
-            connection.execute(f"PRAGMA synchronous={self._synchronous}")
 
     def close(self) -> None:
         """Close the file."""
@@ -105,9 +103,24 @@ class Database:
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         # SQLite has rolled back by itself after some errors, a full disk among them.
-        if connection.in_transaction:
+        if not connection.in_transaction:
+            return
+        try:
             connection.execute("ROLLBACK")
-        connection.execute(f"PRAGMA synchronous={self._synchronous}")
+        except sqlite3.Error:
+            self._drop(connection)  # what was not committed goes with the connection
+
+    def _drop(self, connection: sqlite3.Connection) -> None:
+        self._connection = None
+        connection.close()
+
+    def _reopen(self, opening: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
+        """Open the file in the middle of a run, which goes on also where that needs a person."""
+        try:
+            self._connection = opening()
+        except Misconfigured as error:
+            raise Unavailable(str(error)) from error
+        return self._connection
 
     def _open_or_replace(self) -> sqlite3.Connection:
         try:
@@ -118,7 +131,9 @@ class Database:
             raise _at_open(self.path, error) from error
 
     def _open(self) -> sqlite3.Connection:
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = 0
+        with suppress(OSError):  # it is not there, or SQLite says below why it cannot be had
+            size = self.path.stat().st_size
         connection = sqlite3.connect(self.path, timeout=2.0, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode=WAL")

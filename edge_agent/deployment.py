@@ -9,8 +9,11 @@ caller reconciles.
 
 **Rows.** A row names a state, an event, the states it may go to, what it does and, with `when`, on which condition;
 where the condition does not hold, nothing changes. Conditions say that an event is not stale: what the stager says is
-about the present candidate, an offer is newer than everything that was dealt with. A pair that no row lists is our own
-bug and raises `UnexpectedEvent`.
+about the present candidate, an offer is newer than everything that was dealt with. Every pair is listed, also those
+that change nothing; one that is not is our own bug and raises `UnexpectedEvent`.
+
+**Late words.** While a full disk delays the saving of a state, events queue up: an offer that ends a trial, and behind
+it the verdict of that trial. So a verdict may meet any state, and means nothing where its trial or watch is over.
 
 **Versions.** `newest` is the highest version that met its end: committed, refused or inconclusive. Only a version above
 it is staged, so versions fall only by rollback, and a refused model comes back only under a higher version. A postponed
@@ -20,6 +23,8 @@ one did not meet its end: it may be offered again.
 unclean end counts as a death, since a model may have caused it.
 
 **The first model** of a slot is committed without a trial: there is nothing to compare it with.
+The same holds where the old model is lost in a trial, so that a slot whose active model cannot be loaded is rescued by
+the next release. Where it is lost in a watch, the new model stays: it has passed its trial.
 
 **An offer during a watch** ends the watch. The watched model has passed its trial, and the newer one is compared with
 it; a host that publishes faster than devices watch gives up the watch's protection, not the trial's.
@@ -148,7 +153,9 @@ class StagingPostponed(Struct, frozen=True):
 
 
 class StagerDied(Struct, frozen=True):
-    """The stager ended while it worked on the candidate."""
+    """The stager ended while it worked on this model."""
+
+    digest: str
 
 
 class TrialPassed(Struct, frozen=True):
@@ -178,6 +185,13 @@ class TrialFailed(Struct, frozen=True):
 
 class TrialDied(Struct, frozen=True):
     """The process that runs both models ended by itself, in trial or in watch."""
+
+
+class BaselineLost(Struct, frozen=True):
+    """The old model cannot be loaded or run, in trial or in watch: there is nothing to compare with."""
+
+    reason: str
+    text: str = ""
 
 
 class WorkerDied(Struct, frozen=True):
@@ -213,6 +227,7 @@ Event: TypeAlias = (
     | TrialInconclusive
     | TrialFailed
     | TrialDied
+    | BaselineLost
     | WorkerDied
     | WatchAlarmed
     | WatchQuieted
@@ -262,8 +277,8 @@ class Report(Struct, frozen=True):
     """Write a line of the audit trail.
 
     Attributes:
-        kind: `staged`, `postponed`, `superseded`, `trial`, `inconclusive`, `refused`, `committed`, `confirmed` or
-            `rolled_back`.
+        kind: `staged`, `postponed`, `superseded`, `trial`, `inconclusive`, `refused`, `committed`, `confirmed`,
+            `unwatched` or `rolled_back`.
         model: Which model it is about.
         reason: A stable word for programs.
         text: For people, where there is more to say.
@@ -299,7 +314,7 @@ def newer(state: State, event: ReleaseOffered) -> bool:
     return not is_active and offered.version > max(state.newest, under_way, *refused_at)
 
 
-def of_candidate(state: Staging, event: ModelStaged | ModelRefused | StagingPostponed) -> bool:
+def of_candidate(state: Staging, event: ModelStaged | ModelRefused | StagingPostponed | StagerDied) -> bool:
     """Whether what the stager says is about the present candidate, and not about one that was replaced."""
     return event.digest == state.candidate.digest
 
@@ -407,6 +422,12 @@ def keep_active(state: Trial, event: TrialInconclusive) -> Step:
     return Step(_serving(state, state.active, state.previous, state.candidate.version), (report,))
 
 
+def commit_unopposed(state: Trial, event: BaselineLost) -> Step:
+    """Serve the candidate, as a first model: what is served cannot be run."""
+    report = Report("committed", state.candidate, "nothing_to_compare", event.text)
+    return Step(_serving(state, state.candidate, None, state.candidate.version), (report,))
+
+
 def count_trial_death(state: Trial, _event: TrialDied | DaemonRestarted) -> Step:
     """Try the candidate once more from the beginning, or refuse it."""
     deaths = state.deaths + 1
@@ -454,6 +475,13 @@ def roll_back_failed(state: Watch, event: TrialFailed) -> Step:
 def confirm(state: Watch, _event: WatchQuieted) -> Step:
     """End the watch; the old model is kept."""
     return Step(_serving(state, state.active, state.previous), (Report("confirmed", state.active),))
+
+
+def end_unwatched(state: Watch, event: BaselineLost) -> Step:
+    """End the watch without confirming the new model: the old one cannot be run."""
+    return Step(
+        _serving(state, state.active, state.previous), (Report("unwatched", state.active, event.reason, event.text),)
+    )
 
 
 def _staging(state: State, candidate: ModelRef) -> Staging:
@@ -511,44 +539,44 @@ class Row(Generic[S, E]):
     when: Callable[[S, E], bool] | None = None
 
 
+OF_STAGER = (ModelStaged, ModelRefused, StagingPostponed, StagerDied)
+OF_TRIAL = (TrialPassed, TrialRegressed, TrialInconclusive)
+OF_WATCH = (WatchAlarmed, WatchQuieted)
+OF_EITHER = (TrialFailed, TrialDied, BaselineLost)
+
+# What is late, or does not concern the state.
+WITHOUT_EFFECT: tuple[tuple[type[State], tuple[type[Event], ...]], ...] = (
+    (Serving, (*OF_STAGER, *OF_TRIAL, *OF_WATCH, *OF_EITHER, WorkerDied, DaemonRestarted)),
+    (Staging, (*OF_TRIAL, *OF_WATCH, *OF_EITHER, WorkerDied)),
+    (Trial, (*OF_STAGER, *OF_WATCH, WorkerDied)),
+    (Watch, (*OF_STAGER, *OF_TRIAL)),
+)
+
 ROWS: tuple[Row[Any, Any], ...] = (
     Row(Serving, ReleaseOffered, (Staging,), stage, newer),
-    Row(Serving, WorkerDied, (Serving,), stay),
-    Row(Serving, DaemonRestarted, (Serving,), stay),
-    Row(Serving, ModelStaged, (Serving,), stay),
-    Row(Serving, ModelRefused, (Serving,), stay),
-    Row(Serving, StagingPostponed, (Serving,), stay),
-    Row(Serving, StagerDied, (Serving,), stay),
     Row(Staging, ReleaseOffered, (Staging,), stage_instead, newer),
     Row(Staging, ModelStaged, (Trial, Serving), try_or_commit, of_candidate),
     Row(Staging, ModelRefused, (Serving,), refuse_staged, of_candidate),
     Row(Staging, StagingPostponed, (Serving,), postpone, of_candidate),
-    Row(Staging, StagerDied, (Staging, Serving), count_stager_death),
+    Row(Staging, StagerDied, (Staging, Serving), count_stager_death, of_candidate),
     Row(Staging, DaemonRestarted, (Staging,), stage_again),
-    Row(Staging, WorkerDied, (Staging,), stay),
     Row(Trial, TrialPassed, (Watch,), commit),
     Row(Trial, TrialRegressed, (Serving,), refuse_slower),
     Row(Trial, TrialInconclusive, (Serving,), keep_active),
     Row(Trial, TrialFailed, (Serving,), refuse_failed),
     Row(Trial, TrialDied, (Trial, Serving), count_trial_death),
+    Row(Trial, BaselineLost, (Serving,), commit_unopposed),
     Row(Trial, DaemonRestarted, (Trial, Serving), restart_trial),
     Row(Trial, ReleaseOffered, (Staging,), stage_after_trial, newer),
-    Row(Trial, WorkerDied, (Trial,), stay),
-    Row(Trial, ModelStaged, (Trial,), stay),
-    Row(Trial, ModelRefused, (Trial,), stay),
-    Row(Trial, StagingPostponed, (Trial,), stay),
-    Row(Trial, StagerDied, (Trial,), stay),
     Row(Watch, WatchQuieted, (Serving,), confirm),
     Row(Watch, WatchAlarmed, (Serving,), roll_back_slower),
     Row(Watch, TrialFailed, (Serving,), roll_back_failed),
     Row(Watch, WorkerDied, (Watch, Serving), count_worker_death, of_active),
     Row(Watch, TrialDied, (Watch, Serving), count_watch_death),
+    Row(Watch, BaselineLost, (Serving,), end_unwatched),
     Row(Watch, DaemonRestarted, (Watch, Serving), restart_watch),
     Row(Watch, ReleaseOffered, (Staging,), stage_after_watch, newer),
-    Row(Watch, ModelStaged, (Watch,), stay),
-    Row(Watch, ModelRefused, (Watch,), stay),
-    Row(Watch, StagingPostponed, (Watch,), stay),
-    Row(Watch, StagerDied, (Watch,), stay),
+    *(Row(state, event, (state,), stay) for state, events in WITHOUT_EFFECT for event in events),
 )
 
 

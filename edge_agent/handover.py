@@ -26,6 +26,7 @@ from edge_agent.children import (
     ModelFile,
     Records,
 )
+from protocol.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +106,14 @@ class Handover:
         self._deaths = 0
         self._died_at = 0.0
         self._resume_at = 0.0
+        self._unloadable = False
         self.members: list[Member] = []
         self.runtime = ""
 
     def want(self, model: ModelFile | None) -> None:
         """Say what should be served from now on."""
         if _digest(model) != _digest(self._wanted):
-            self._deaths, self._resume_at = 0, 0.0
+            self._deaths, self._resume_at, self._unloadable = 0, 0.0, False
         self._wanted = model
 
     def stop(self, now: float) -> None:
@@ -131,13 +133,20 @@ class Handover:
         return any(member.phase is Phase.SERVING and member.connected for member in self.members)
 
     @property
+    def loaded(self) -> bool:
+        """Whether somebody would answer as soon as there is a broker."""
+        return any(member.phase in (Phase.JOINING, Phase.SERVING) for member in self.members)
+
+    @property
     def swapping(self) -> bool:
         """Whether a handover is under way."""
         return self.serving is None or len(self.members) > 1
 
     def turns_over(self, now: float) -> bool:
-        """Whether serving makes progress: a worker has given a sign lately, or its replacement is being loaded."""
-        return any(now - member.beat_at < BEAT_LIMIT_S for member in self.members) or now < self._resume_at
+        """Whether serving makes progress: a worker has given a sign lately, or a replacement loads or is about to."""
+        return now < self._resume_at or any(
+            member.phase is Phase.LOADING or now - member.beat_at < BEAT_LIMIT_S for member in self.members
+        )
 
     def receive(self, child: Child[FromWorker], now: float) -> None:
         """Deal with what a worker said, or with its end."""
@@ -154,10 +163,20 @@ class Handover:
         if self._stopping:
             return
         self._dismiss_unwanted(now)
-        if now >= self._resume_at and not any(
-            m.digest == _digest(self._wanted) and m.phase is not Phase.LEAVING for m in self.members
-        ):
-            self.members.append(Member(self._start(self._wanted), self._wanted, Phase.LOADING, now, now))
+        staying = [member.digest for member in self.members if member.phase is not Phase.LEAVING]
+        if _digest(self._wanted) not in staying and now >= self._resume_at:
+            self._add(self._wanted, now)
+        elif self._unloadable and not staying:
+            self._add(None, now)  # it answers `no_model` until the wanted one can be loaded
+
+    def _add(self, model: ModelFile | None, now: float) -> None:
+        try:
+            child = self._start(model)
+        except Unavailable as error:
+            log.error("cannot start a worker: %s", error)
+            self._pause(now)
+            return
+        self.members.append(Member(child, model, Phase.LOADING, now, now))
 
     def _heard(self, member: Member, message: FromWorker, now: float) -> None:
         match message:
@@ -182,8 +201,13 @@ class Handover:
 
     def _joined(self, member: Member, now: float) -> None:
         member.connected = True
-        if member.phase is not Phase.JOINING or member.digest != _digest(self._wanted):
+        if member.phase is not Phase.JOINING:
             return
+        if member.digest != _digest(self._wanted):
+            if member.model is None and self._unloadable:
+                member.enter(Phase.SERVING, now)
+            return
+        self._unloadable = False
         member.enter(Phase.SERVING, now)
         for other in list(self.members):
             if other is not member:
@@ -202,7 +226,9 @@ class Handover:
     def _dismiss_unwanted(self, now: float) -> None:
         """Whoever is on the way with a model that is no longer wanted need not come."""
         for member in list(self.members):
-            if member.phase in (Phase.LOADING, Phase.JOINING) and member.digest != _digest(self._wanted):
+            stands_in = self._unloadable and member.model is None
+            incoming = member.phase in (Phase.LOADING, Phase.JOINING)
+            if incoming and member.digest != _digest(self._wanted) and not stands_in:
                 self._dismiss(member, now)
 
     def _check(self, member: Member, now: float) -> None:
@@ -212,20 +238,26 @@ class Handover:
         if stuck or hung:
             log.error("worker %d gives no sign while %s; killing it", member.child.pid, member.phase.value)
             member.child.process.kill()
-            self._ended(member, now)
+            self._ended(member, now, blame=member.connected or stuck)
         elif member.child.channel.closed:
             self._ended(member, now)
 
-    def _ended(self, member: Member, now: float) -> None:
+    def _ended(self, member: Member, now: float, *, blame: bool = True) -> None:
+        """Replace a worker; one that only hangs in finding the broker says nothing about its model."""
         member.child.kill()
         self.members.remove(member)
         if member.phase is Phase.LEAVING or self._stopping:
             return
+        self._unloadable |= bool(member.failure)
+        self._pause(now)
+        if blame:
+            self._on_death(member.digest, member.failure or member.child.how_it_ended(), now)
+
+    def _pause(self, now: float) -> None:
         self._deaths = 1 if now - self._died_at > FORGET_DEATHS_S else self._deaths + 1
         self._died_at = now
         pause_s = 0.0 if self._deaths == 1 else min(FIRST_PAUSE_S * 2 ** (self._deaths - 2), LAST_PAUSE_S)
         self._resume_at = now + pause_s
-        self._on_death(member.digest, member.failure or member.child.how_it_ended(), now)
 
 
 def _digest(model: ModelFile | None) -> str | None:

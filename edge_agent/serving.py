@@ -8,6 +8,7 @@ Behaviour is greedy: the legal action with the highest score, so its propensity 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,6 @@ from protocol.codec import Decoder, convert, encode, is_json
 from protocol.errors import ErrorCode, Rejected
 from protocol.features import FeatureSpec, compile_spec
 from protocol.messages import SCHEMA_VERSION, Decision, Observation, Problem
-
-np.seterr(over="ignore")  # a number too large for float32 becomes infinite, and is refused as such
 
 _observations: Decoder[Observation | list[Observation]] = Decoder(Observation | list[Observation])
 _anything: Decoder[Any] = Decoder(Any)
@@ -60,7 +59,8 @@ class Policy:
         if len(values) != expected:
             text = f"{field} has {len(values)} numbers, the model takes {expected}"
             raise Rejected(ErrorCode.WRONG_LENGTH, text, field)
-        vector = np.array(values, np.float32)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
+            vector = np.array(values, np.float32)
         if not math.isfinite(vector.sum()):
             for index in np.flatnonzero(~np.isfinite(vector)):
                 raise Rejected(
@@ -126,7 +126,7 @@ class Responder:
     def refuse(self, payload: bytes, problem: Problem) -> tuple[bytes, list[Decision]]:
         """Answer every observation of a payload with the same problem, without looking further into it."""
         try:
-            asked = _anything.decode(payload)
+            asked = _readable(payload)
         except Rejected:
             asked = None
         several = isinstance(asked, list)
@@ -198,21 +198,37 @@ class Responder:
     ) -> tuple[list[Decision], bool]:
         """Answer what can be answered: in a list, one bad observation does not silence the others."""
         try:
-            asked = _anything.decode(payload)
+            asked = _readable(payload)
         except Rejected:
             return [_refusal(None, _problem(error))], False
         if not isinstance(asked, list):
-            return [_refusal(asked, _problem(error))], False
-        decisions = []
-        for index, item in enumerate(asked):
-            try:
-                one = convert(item, Observation)
-            except Rejected as bad:
-                field = f"[{index}].{bad.field}" if bad.field else f"[{index}]"
-                decisions.append(_refusal(item, Problem(code=bad.code, text=bad.text, field=field)))
-            else:
-                decisions.append(self._decide(one, at, records))
-        return decisions, True
+            return [self._decide_loosely(asked, "", at, records)], False
+        return [self._decide_loosely(item, f"[{index}]", at, records) for index, item in enumerate(asked)], True
+
+    def _decide_loosely(self, item: Any, place: str, at: float, records: list[Served]) -> Decision:
+        """Answer one observation of a payload that is not good as a whole."""
+        try:
+            return self._decide(convert(item, Observation), at, records)
+        except Rejected as bad:
+            field = ".".join(part for part in (place, bad.field) if part) or None
+            return _refusal(item, Problem(code=bad.code, text=bad.text, field=field))
+
+
+def _readable(payload: bytes) -> Any:
+    """A payload as plain values, also where it holds the NaN and Infinity that many JSON writers put there.
+
+    Raises:
+        Rejected: It cannot be read at all.
+    """
+    try:
+        return _anything.decode(payload)
+    except Rejected:
+        if not is_json(payload):
+            raise
+        try:
+            return json.loads(payload)
+        except (ValueError, RecursionError) as error:
+            raise Rejected(ErrorCode.MALFORMED, f"neither JSON nor MessagePack: {error}") from error
 
 
 def _problem(error: Rejected) -> Problem:

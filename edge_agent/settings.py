@@ -30,7 +30,7 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         threads: Of the interpreter.
         trial_duty: Share of one core that a trial may use.
         trial_max_pairs: A trial without a decision after this many pairs keeps the old model.
-        trial_seconds: And so does one that takes longer.
+        trial_seconds: And so does one that takes longer. At a duty of 5%, two hours do for models of up to 60 ms.
         watch_seconds: How long a new model is watched after it was committed.
         watch_interval_s: Seconds between two timed pairs while watching.
     """
@@ -39,7 +39,7 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     threads: Annotated[int, Meta(ge=1, le=16)] = 1
     trial_duty: Annotated[float, Meta(gt=0, le=1)] = 0.05
     trial_max_pairs: Annotated[int, Meta(ge=3_000, le=1_000_000)] = 20_000
-    trial_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 600.0
+    trial_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 7_200.0
     watch_seconds: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 3_600.0
     watch_interval_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
 

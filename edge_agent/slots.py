@@ -18,6 +18,7 @@ from edge_agent import children, deployment
 from edge_agent.children import Beat, Child, FromTrial, FromWorker, ModelFile, Records, TrialAssignment
 from edge_agent.comparison import Comparison
 from edge_agent.deployment import (
+    BaselineLost,
     BeginTrial,
     BeginWatch,
     EndTrial,
@@ -63,6 +64,7 @@ _SAID = {
     "refused": "is refused",
     "committed": "is served from now on",
     "confirmed": "has been watched long enough",
+    "unwatched": "can no longer be watched",
     "rolled_back": "is rolled back",
 }
 
@@ -167,7 +169,7 @@ class Slot:
             self._decide(now)
         self.workers.tick(now)
         if self._comparison is not None:
-            self._comparison.tick(now, self._recent_inputs())
+            self._comparison.tick(now, self._recent_inputs)
             if self._comparison.ended:
                 self._conclude(self._comparison, now)
 
@@ -180,13 +182,19 @@ class Slot:
         self._end_comparison()
         self.workers.stop(now)
 
+    @property
+    def ready(self) -> bool:
+        """Whether states are answered with the active model."""
+        active, serving = self.state.active, self.workers.serving
+        return active is not None and serving is not None and serving.digest == active.digest and serving.connected
+
     def status(self, progress: Mapping[str, float]) -> SlotStatus:
         """For the status message."""
         state = self.state
         candidate = state.candidate if isinstance(state, Staging | Trial) else None
         return SlotStatus(
             phase=type(state).__name__.lower(),
-            ready=state.active is not None and self.workers.serving is not None and self.workers.answering,
+            ready=self.ready,
             active=state.active,
             previous=state.previous,
             candidate=candidate,
@@ -271,6 +279,9 @@ class Slot:
         )
 
     def _begin_trial(self, active: ModelRef, candidate: ModelRef, now: float) -> None:
+        if self._around.release(active.digest) is None:
+            self._feed(BaselineLost("unavailable", f"the release of version {active.version} is damaged"), now)
+            return
         seed = secrets.randbits(32)
         judge = TrialJudge(JudgeSettings(max_pairs=self._settings.trial_max_pairs), seed)
         child = self._start_trial(active, candidate, seed, interval_s=0.0)
@@ -286,14 +297,14 @@ class Slot:
         judge = WatchJudge(JudgeSettings(), watch.ratio, seed)
         child = self._start_trial(watch.previous, watch.active, seed, interval_s=self._settings.watch_interval_s)
         if child is None:
-            self._feed(WatchQuieted(), now)
+            self._feed(BaselineLost("unavailable", "what is known of it is lost, or no process can be started"), now)
             return
         self._comparison = Comparison(
             child, judge, limit_s=self._settings.watch_seconds, throttled=self._around.throttled, now=now
         )
 
     def _start_trial(self, old: ModelRef, new: ModelRef, seed: int, interval_s: float) -> Child[FromTrial] | None:
-        """Run two models side by side; `None` if what was known of one of them is lost."""
+        """Run two models side by side; `None` if what was known of one is lost, or no process can be started."""
         self._end_comparison()
         old_release, new_release = self._around.release(old.digest), self._around.release(new.digest)
         old_file, new_file = self._around.model_file(old.digest), self._around.model_file(new.digest)
@@ -322,7 +333,11 @@ class Slot:
             old_inputs=old_inputs,
             new_inputs=new_inputs,
         )
-        return children.start("trial", assignment, FromTrial, f"trial of {self.name}")
+        try:
+            return children.start("trial", assignment, FromTrial, f"trial of {self.name}")
+        except Unavailable as error:
+            log.error("%s", error)
+            return None
 
     def _recent_inputs(self) -> list[bytes]:
         """The newest states that both models of the comparison take, as many as fit one message."""
@@ -345,9 +360,11 @@ class Slot:
         watching = isinstance(state, Watch)
         if comparison.failure is not None:
             self._feed(TrialFailed(*comparison.failure), now)
+        elif comparison.baseline_failure is not None:
+            self._feed(BaselineLost(*comparison.baseline_failure), now)
         elif comparison.died:
             self._feed(TrialDied(), now)
-        elif watching:  # without a working old model there is nothing to watch with, nor to go back to
+        elif watching:
             self._feed(WatchAlarmed(comparison.verdict()) if comparison.decided else WatchQuieted(), now)
         else:
             self._feed(_trial_ended(comparison.verdict()), now)

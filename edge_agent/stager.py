@@ -99,7 +99,7 @@ class Stager:
                 trouble = self._fetched(release)
                 if trouble is not None:
                     return trouble
-            qualify(self._store.open(digest), release)
+            qualify(self._opened(digest), release)
         except Rejected as refusal:
             if refusal.code == CHUNK_MISMATCH:  # who sends wrong chunks must not get a signed model refused
                 return Postponed(digest, refusal.code, refusal.text)
@@ -109,6 +109,13 @@ class Stager:
         except Misconfigured as error:
             return Postponed(digest, "misconfigured", str(error))
         return Staged(digest)
+
+    def _opened(self, digest: str) -> bytes:
+        """A model's bytes. A file that is not what was stored rotted; the signed model is not to blame."""
+        try:
+            return self._store.open(digest)
+        except Rejected as refusal:  # the file is set aside: the next attempt fetches the model again
+            raise Unavailable(refusal.text) from refusal
 
     def _fetched(self, release: Release) -> Postponed | None:
         """Fetch what is missing of a model, and join it."""

@@ -19,6 +19,7 @@ from protocol.messages import Ack, Transition
 log = logging.getLogger(__name__)
 
 COLLECT_S = 0.25
+STORE_AGAIN_S = 5.0
 ACK_LIMIT_S = 20.0
 MAX_HELD = 50_000
 
@@ -41,6 +42,7 @@ class Streaming:
         self.lost_records = 0
         self._held: list[Transition] = []
         self._collect_at = 0.0
+        self._store_at = 0.0
         self._unanswered_since: float | None = None
 
     def record(self, records: Records, now: float) -> None:
@@ -70,7 +72,7 @@ class Streaming:
         """Move what is due: book to outbox, outbox to broker."""
         if now >= self._collect_at:
             self._collect_at = now + COLLECT_S
-            self._store(self.book.collect(now))
+            self._store(self.book.collect(now), now)
             try:
                 self._send(link, now)
             except Unavailable as error:
@@ -78,18 +80,20 @@ class Streaming:
 
     def close(self, now: float) -> None:
         """Put on disk what is still in memory, and close it."""
-        self._store(self.book.close(now))
+        self._store_at = now
+        self._store(self.book.close(now), now)
         self.outbox.close()
 
-    def _store(self, transitions: list[Transition]) -> None:
+    def _store(self, transitions: list[Transition], now: float) -> None:
         """Put transitions on disk; while that fails, hold a bounded number in memory."""
         self._held += transitions
-        if not self._held:
+        if not self._held or now < self._store_at:
             return
         try:
             self.outbox.append(self._held)
         except Unavailable as error:
             log.error("cannot store transitions, holding %d: %s", len(self._held), error)
+            self._store_at = now + STORE_AGAIN_S
             excess = max(len(self._held) - MAX_HELD, 0)
             self.lost_records += excess
             del self._held[:excess]

@@ -38,6 +38,7 @@ from protocol.release import Release
 
 log = logging.getLogger(__name__)
 
+AGENT_VERSION = version("edgeswap")
 TURN_S = 0.1
 STOP_LIMIT_S = 8.0
 COLLECT_S = 600.0
@@ -79,10 +80,6 @@ class Supervisor:
             Outbox(self._folder / "outbox.db", max_bytes=settings.outbox.max_bytes, window=settings.outbox.window),
         )
         self._updates = self._make_updates()
-        clean = self._state.mark_running()
-        self._slots = {
-            name: Slot(name, slot, self._surroundings(name), clean=clean) for name, slot in settings.slots.items()
-        }
         self._link = Link(
             settings.broker,
             f"{settings.device}-agent",
@@ -90,6 +87,10 @@ class Supervisor:
             on_connected=self._connected,
             will=Will(topics.fleet(settings.device, "availability"), OFFLINE, 1, retain=True),
         )
+        clean = self._state.mark_running()  # last: what is misconfigured has not run, and has not crashed
+        self._slots = {
+            name: Slot(name, slot, self._surroundings(name), clean=clean) for name, slot in settings.slots.items()
+        }
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serve until told to stop; then let the workers finish, and put everything on disk."""
@@ -102,12 +103,14 @@ class Supervisor:
             now = time.monotonic()
             if should_stop() and self._stopping_since is None:
                 self._begin_stop(now)
-            self._turn(now)
+            self._turn()
         self._finish(now)
 
-    def _turn(self, now: float) -> None:
+    def _turn(self) -> None:
         living = [child for child in self._children() if not child.channel.closed]
-        for readable in self._link.turn(TURN_S, also=living):
+        readables = self._link.turn(TURN_S, also=living)
+        now = time.monotonic()  # only now: looking up the broker's name may have taken long, and is no worker's fault
+        for readable in readables:
             self._receive(readable, now)
         for slot in self._slots.values():
             slot.tick(now)
@@ -192,7 +195,7 @@ class Supervisor:
     def _stager_died(self, digest: str, how: str) -> None:
         text = f"the stager ended: {how}"
         self._reporting.event(Event(at=time.time(), kind="stager_died", model=digest, reason="stager_died", text=text))
-        self._tell(digest, StagerDied())
+        self._tell(digest, StagerDied(digest))
 
     def _tell(self, digest: str, event: ModelStaged | ModelRefused | StagingPostponed | StagerDied) -> None:
         """Tell the slot that is staging a model what became of it."""
@@ -244,7 +247,7 @@ class Supervisor:
         runtimes = {slot.workers.runtime for slot in self._slots.values() if slot.workers.runtime}
         return Status(
             at=time.time(),
-            agent_version=version("edgeswap"),
+            agent_version=AGENT_VERSION,
             runtime=", ".join(sorted(runtimes)),
             slots={name: slot.status(self._updates.progress) for name, slot in self._slots.items()},
             metadata_version=self._updates.metadata_version,
@@ -268,8 +271,8 @@ class Supervisor:
         )
 
     def _collect(self) -> None:
-        """Remove models that no slot needs; not while one is on its way."""
-        if self._updates.child is not None:
+        """Remove models that no slot needs; not while one is on its way, or will be tried again."""
+        if self._updates.busy:
             return
         pinned = {digest for slot in self._slots.values() for digest in slot.pinned()}
         try:
@@ -279,15 +282,18 @@ class Supervisor:
             log.warning("cannot remove old models: %s", error)
 
     def _tell_service(self, now: float) -> None:
-        """Tell systemd that the daemon is ready, and, while every slot's serving turns over, that it is alive."""
-        if not self._ready and all(slot.workers.answering for slot in self._slots.values()):
+        """Tell systemd that the daemon is ready, and, while every slot's serving turns over, that it is alive.
+
+        Ready means that workers are loaded: a broker that is away must not make systemd restart the daemon for ever.
+        """
+        if not self._ready and all(slot.workers.loaded for slot in self._slots.values()):
             self._ready = True
             service.notify(READY="1")
             log.info("ready in %.2f s", now - self._started_at)
-        empty = [name for name, slot in self._slots.items() if slot.state.active is None]
+        idle = [name for name, slot in self._slots.items() if not slot.ready]
         self._service.tell(
             now,
-            status=f"no model for {', '.join(empty)}" if empty else "serving",
+            status=f"not serving: {', '.join(idle)}" if idle else "serving",
             alive=all(slot.workers.turns_over(now) for slot in self._slots.values()),
         )
 

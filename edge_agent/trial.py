@@ -35,7 +35,8 @@ from edge_agent.children import (
 )
 from edge_agent.judge import coin
 from edge_agent.model_store import ModelStore
-from protocol.errors import Rejected
+from protocol import service
+from protocol.errors import EdgeswapError, Rejected
 
 log = logging.getLogger("edge_agent.trial")
 
@@ -149,7 +150,7 @@ def _vector(data: bytes) -> runtime.Vector:
 
 def main() -> int:
     """The trial's process."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    service.set_up_logging()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)
     channel = inherited_channel(sys.argv[1:], ToTrial)
@@ -161,8 +162,9 @@ def main() -> int:
         Trial(assignment, channel).run()
     except CandidateBroken as error:
         channel.send(CandidateFailed(reason=error.code, text=error.text))
-    except Rejected as error:
-        channel.send(BaselineFailed(reason=error.code, text=error.text))
+    except EdgeswapError as error:
+        reason = error.code if isinstance(error, Rejected) else "unavailable"
+        channel.send(BaselineFailed(reason=reason, text=str(error)))
     channel.drain(LAST_WORDS_S)
     return 0
 

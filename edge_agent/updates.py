@@ -26,6 +26,7 @@ from edge_agent.staging import (
     StageModel,
     StagerSettings,
 )
+from protocol.codec import MAX_PAYLOAD_BYTES
 from protocol.errors import Unavailable
 from protocol.release import Release
 
@@ -89,9 +90,19 @@ class Updates:
         """The stager, while there is one."""
         return self._stager
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being fetched, or will be again."""
+        return self._stager is not None or self._fresh or self._retry_at is not None
+
     def metadata_arrived(self, payload: bytes) -> None:
         """Keep a metadata set and have it verified, unless it is the one that was looked at last."""
         if payload == self._seen:
+            return
+        if not 0 < len(payload) <= MAX_PAYLOAD_BYTES:
+            text = f"a metadata set of {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are possible"
+            self._on_metadata_refused("malformed" if not payload else "too_long", text)
+            self._seen = payload
             return
         try:
             write_durably(self._metadata_file, payload)
@@ -137,7 +148,11 @@ class Updates:
         if self._fresh and self._stager is None and self._metadata_file.exists():
             self._fresh = self._verified = self._settled = False
             self._heard_at = now
-            self._stager = start("stager", self._settings, FromStager, "stager")
+            try:
+                self._stager = start("stager", self._settings, FromStager, "stager")
+            except Unavailable as error:
+                log.error("%s", error)
+                self._retry_at = now + FIRST_RETRY_S
 
     def receive(self, child: Child[FromStager], now: float) -> None:
         """Deal with what the stager said, or with its end."""

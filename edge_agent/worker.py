@@ -36,7 +36,7 @@ from edge_agent.children import (
 from edge_agent.histogram import Histogram
 from edge_agent.model_store import ModelStore
 from edge_agent.overload import is_overdue
-from protocol import topics
+from protocol import service, topics
 from protocol.errors import EdgeswapError, ErrorCode, Rejected
 from protocol.link import Link, Message
 from protocol.messages import Decision, Problem
@@ -150,7 +150,10 @@ class Worker:
 
     def _arrived(self, message: Message) -> None:
         self._heard_at = time.monotonic()
-        self._waiting.append((message, time.perf_counter_ns()))
+        if message.topic != self._state and topics.slot_of(message.topic) in self._assignment.slots:
+            self._link.acknowledge(message)  # heard as the front desk; its own worker answers
+        else:
+            self._waiting.append((message, time.perf_counter_ns()))
 
     def _answer_burst(self) -> None:
         """Answer some of what waits, oldest first; read on when few enough wait."""
@@ -169,32 +172,26 @@ class Worker:
             self._answer_s += ((ended - started) / 1e9 - self._answer_s) / 8
 
     def _answer(self, message: Message) -> None:
-        if message.topic != self._state and not self._is_ours(message):
+        if message.topic != self._state:
+            known = ", ".join(self._assignment.slots)
+            text = f"no slot {topics.slot_of(message.topic)!r} on this device; it has {known}"
+            self._refuse(message, ErrorCode.UNKNOWN_SLOT, text, "slot")
             return
         payload, decisions, records = self._responder.answer(message.payload, time.time())
-        self._publish(message, payload, decisions)
-        self._keep(records)
-
-    def _is_ours(self, message: Message) -> bool:
-        """For the worker that is the front desk: leave other slots to their workers, refuse slots that do not exist."""
-        slot = topics.slot_of(message.topic)
-        if slot in self._assignment.slots:
-            self._link.acknowledge(message)
-            return False
-        known = ", ".join(self._assignment.slots)
-        self._refuse(message, ErrorCode.UNKNOWN_SLOT, f"no slot {slot!r} on this device; it has {known}", "slot")
-        return False
+        if self._publish(message, payload, decisions):
+            self._keep(records)
 
     def _refuse(self, message: Message, code: str, text: str, field: str | None = None) -> None:
         payload, decisions = self._responder.refuse(message.payload, Problem(code=code, text=text, field=field))
         self._publish(message, payload, decisions)
 
-    def _publish(self, message: Message, payload: bytes, decisions: list[Decision]) -> None:
+    def _publish(self, message: Message, payload: bytes, decisions: list[Decision]) -> bool:
+        """Answer, if there is a connection. An answer that nobody received is no experience either."""
         topic = self._action if message.topic == self._state else message.topic.removesuffix("state") + "action"
         if message.response_topic is not None and _may_be_answered_on(message.response_topic):
             topic = message.response_topic
         if not self._link.connected:
-            return  # nobody can be told; Mosquitto 2.0 forgets what was not acknowledged with the session
+            return False  # nobody can be told; Mosquitto 2.0 forgets what was not acknowledged with the session
         self._link.publish(topic, payload, qos=min(message.qos, 1), correlation=message.correlation)
         self._link.acknowledge(message)
         for decision in decisions:
@@ -202,6 +199,7 @@ class Worker:
                 self._answered += 1
             else:
                 self._errors[decision.error.code] += 1
+        return True
 
     def _keep(self, records: list[Served]) -> None:
         room = MAX_KEPT_RECORDS - len(self._records)
@@ -290,7 +288,7 @@ def load_gently(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
 
 def main() -> int:
     """The worker's process."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    service.set_up_logging()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's business
     channel = inherited_channel(sys.argv[1:], ToWorker)
     assignment = first_message(channel)

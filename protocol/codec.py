@@ -17,7 +17,7 @@ from protocol.errors import ErrorCode, Rejected
 T = TypeVar("T")
 
 MAX_PAYLOAD_BYTES = 128 * 1024
-_JSON_FIRST_BYTES = frozenset(b"{[ \t\r\n")
+FIRST_OF_MESSAGEPACK = 0x80
 _PATH = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
@@ -62,7 +62,7 @@ def convert(value: Any, message_type: type[T]) -> T:
 
 def is_json(payload: bytes) -> bool:
     """Whether `payload` is to be read as JSON."""
-    return not payload or payload[0] in _JSON_FIRST_BYTES
+    return not payload or payload[0] < FIRST_OF_MESSAGEPACK
 
 
 def encode(message: Any, *, as_json: bool) -> bytes:

@@ -7,6 +7,7 @@ while there is no connection: `publish` says so by raising, and its caller decid
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import select
@@ -34,7 +35,7 @@ CONNECT_TIMEOUT_S = 2.0
 FIRST_RETRY_S = 0.2
 LAST_RETRY_S = 15.0
 MAX_PACKETS_PER_TURN = 512
-MAX_IN_FLIGHT = 64
+UNLIMITED = 0
 
 
 class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -254,7 +255,7 @@ class Link:
             CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5, manual_ack=manual_ack
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
-        client.max_inflight_messages_set(MAX_IN_FLIGHT)
+        client.max_inflight_messages_set(UNLIMITED)  # each owner bounds what it publishes; a queue here would be silent
         client.on_message = self._message_arrived
         client.on_connect = self._connect_answered
         client.on_disconnect = self._disconnected
@@ -302,7 +303,8 @@ class Link:
     def _drop(self) -> None:
         sock = self._client.socket()
         if sock is not None:
-            cast(socket.socket, sock).shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # the other side may have gone meanwhile
+                cast(socket.socket, sock).shutdown(socket.SHUT_RDWR)
 
     # Callbacks from paho, all within `turn`.
 

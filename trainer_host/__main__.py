@@ -52,8 +52,9 @@ def run(*, config: ConfigFile = None) -> int:
 
     from protocol import service  # noqa: PLC0415
     from protocol.errors import EdgeswapError  # noqa: PLC0415
+    from protocol.lock import only_daemon  # noqa: PLC0415
     from trainer_host.daemon import Host  # noqa: PLC0415
-    from trainer_host.lock import only_daemon  # noqa: PLC0415
+    from trainer_host.settings import PROGRAM  # noqa: PLC0415
     from trainer_host.wiring import assemble  # noqa: PLC0415
 
     settings = _settings(config)
@@ -63,7 +64,7 @@ def run(*, config: ConfigFile = None) -> int:
         signal.signal(signum, lambda number, _frame: told.append(number))
     stop = Event()
     try:
-        with only_daemon(Path(settings.state_dir)):
+        with only_daemon(Path(settings.state_dir), PROGRAM):
             Host(assemble(settings, stop), stop).run(lambda: bool(told))
     except EdgeswapError:
         raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from protocol.errors import EdgeswapError, Unavailable
+from protocol.errors import EdgeswapError, Rejected, Unavailable
 from protocol.link import HasFileno
 from trainer_host.inbox import Inbox, read_description
 from trainer_host.publisher import Outcome
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 REFRESHES_PER_LIFETIME = 8
 RETRY_S = 60.0
+MAX_RETRY_S = 3600.0
 RECIPES_LOOK_S = 1.0
 DAY_S = 86_400.0
 
@@ -58,6 +59,13 @@ def is_due(settings: AutoPublishSettings, total: SlotTotal, idle_s: float | None
     return settings.enabled and rested and total.new >= settings.min_new_transitions
 
 
+class Delay(NamedTuple):
+    """How long a file of the inbox is left alone, after something else than the file failed."""
+
+    until: float
+    length_s: float
+
+
 class Agenda:
     """Decides what is worked on, and sees to its end.
 
@@ -72,7 +80,7 @@ class Agenda:
         self._stop = stop
         self._workbench: Workbench[Outcome | None] = Workbench()
         self._task: Task | None = None
-        self._stuck: set[str] = set()
+        self._delays: dict[str, Delay] = {}
         self._trained_at: dict[str, float] = {}
         self._refresh_at = self._recipes_at = 0.0
         self._inbox: Inbox | None = None
@@ -125,7 +133,9 @@ class Agenda:
     def _next_delivery(self, now: float) -> Task | None:
         if self._inbox is None:
             return None
-        waiting = [name for name in self._inbox.ready(now) if name not in self._stuck]
+        waiting = [
+            name for name in self._inbox.ready(now) if name not in self._delays or now >= self._delays[name].until
+        ]
         return self._examination(self._inbox, waiting[0]) if waiting else None
 
     def _examination(self, inbox: Inbox, name: str) -> Task:
@@ -170,23 +180,31 @@ class Agenda:
             log.warning("%s came to nothing: %s", task.doing, error)
             if task.work == self._refresh:
                 self._refresh_at = now + RETRY_S
-            if isinstance(error, Unavailable) and task.delivery is not None:
-                self._stuck.add(task.delivery)
-                log.warning("%s stays in the inbox until the host starts again", task.delivery)
+            if task.delivery is not None and not isinstance(error, Rejected):
+                self._delay(task.delivery, now)
                 return False
             refusal = str(error)
         else:
             if outcome is not None and not outcome.released:
                 refusal = outcome.text
         if task.delivery is not None and self._inbox is not None:
-            self._put_away(self._inbox, task.delivery, refusal)
+            self._put_away(self._inbox, task.delivery, refusal, now)
         return True
 
-    def _put_away(self, inbox: Inbox, name: str, refusal: str | None) -> None:
+    def _delay(self, name: str, now: float) -> None:
+        """Leave a file in the inbox for a while, each time for twice as long."""
+        length_s = min(2 * self._delays[name].length_s, MAX_RETRY_S) if name in self._delays else RETRY_S
+        if self._inbox is not None:  # who takes a file away need not tell
+            self._delays = {other: kept for other, kept in self._delays.items() if self._inbox.model(other).exists()}
+        self._delays[name] = Delay(now + length_s, length_s)
+        log.warning("%s stays in the inbox and is tried again in %.0f s", name, length_s)
+
+    def _put_away(self, inbox: Inbox, name: str, refusal: str | None, now: float) -> None:
         try:
             path = inbox.put_away(name, refusal)
         except Unavailable as error:
-            self._stuck.add(name)
             log.warning("%s", error)
+            self._delay(name, now)
             return
+        self._delays.pop(name, None)
         log.info("%s is now %s%s", name, path, f": {refusal}" if refusal else "")

@@ -8,7 +8,7 @@ import time
 from typing import Protocol
 
 from protocol import topics
-from protocol.errors import Unavailable
+from protocol.errors import Misconfigured, Unavailable
 from protocol.link import Broker, Link
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,11 @@ class Source(Protocol):
     """Where the set comes from: a `trainer_host.repository.Repository`."""
 
     def metadata_set(self) -> bytes:
-        """The payload."""
+        """The payload.
+
+        Raises:
+            Misconfigured: It cannot be read, now at least.
+        """
 
 
 class MetadataTopic:
@@ -33,7 +37,8 @@ class MetadataTopic:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._current = b""
+        self._current = b""  # nothing was read yet; an empty retained message would delete the broker's
+        self._trouble = ""
         self._foreign = False
         self._look_at = 0.0
         self._published_at = -REPAIR_S
@@ -52,16 +57,27 @@ class MetadataTopic:
         """Look into the repository, and publish what is new or was replaced."""
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            payload = self._source.metadata_set()
-            self._unpublished |= payload != self._current
-            self._current = payload
+            self._look()
         repair = self._foreign and now - self._published_at >= REPAIR_S
-        if link.connected and (self._unpublished or repair):
+        if self._current and link.connected and (self._unpublished or repair):
             if repair and not self._unpublished:
                 log.warning("the broker held a metadata set that is not this host's; publishing ours again")
             link.publish(topics.METADATA, self._current, qos=1, retain=True)
             self._published_at = now
             self._unpublished = self._foreign = False
+
+    def _look(self) -> None:
+        """Read the set; what cannot be read now is told once, and looked at again."""
+        try:
+            payload = self._source.metadata_set()
+        except Misconfigured as error:
+            if str(error) != self._trouble:
+                log.warning("cannot read the metadata set, looking again: %s", error)
+            self._trouble = str(error)
+            return
+        self._trouble = ""
+        self._unpublished |= payload != self._current
+        self._current = payload
 
 
 def publish_once(broker: Broker, client_id: str, payload: bytes, timeout_s: float = 10.0) -> None:

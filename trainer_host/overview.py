@@ -7,10 +7,10 @@ from typing import Any
 
 from msgspec import Struct
 
+from protocol.lock import is_running
 from trainer_host.database import Database
-from trainer_host.lock import is_running
 from trainer_host.repository import Repository
-from trainer_host.settings import Settings
+from trainer_host.settings import PROGRAM, Settings
 from trainer_host.store import Record, SlotTotal, Store
 
 
@@ -52,7 +52,7 @@ def read(settings: Settings) -> Overview:
         store = Store(database)
         devices = store.devices()
         return Overview(
-            running=is_running(Path(settings.state_dir)),
+            running=is_running(Path(settings.state_dir), PROGRAM),
             state_dir=settings.state_dir,
             devices=len(devices),
             online=sum(device.online is True for device in devices),

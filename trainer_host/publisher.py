@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from protocol.errors import Misconfigured, Rejected, Unavailable
+from protocol.errors import EdgeswapError, Misconfigured, Rejected, Unavailable
 from protocol.features import FeatureSpec
 from protocol.release import MAX_MODEL_BYTES, Lineage, Release
 from trainer_host.gate import GateReport, GateSettings
@@ -89,33 +90,52 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
 
 class Jobs:
-    """Makes a folder for each job, and removes the oldest.
+    """Makes a folder for each job, and removes the oldest of those that are not in use here.
 
     Args:
         folder: Where they lie.
         kept: How many stay.
+        clock: Nanoseconds since the epoch.
     """
 
-    def __init__(self, folder: Path, kept: int) -> None:
+    def __init__(self, folder: Path, kept: int, *, clock: Callable[[], int] = time.time_ns) -> None:
         self._folder = folder
         self._kept = kept
+        self._clock = clock
+        self._in_use: set[Path] = set()
 
-    def begin(self, what: str) -> Path:
-        """Make a folder for a job.
+    @contextmanager
+    def begin(self, what: str) -> Iterator[Path]:
+        """Make a folder for a job; while the block lasts, it is not removed.
 
         Raises:
             Misconfigured: It cannot be made.
         """
-        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}-{what}"
+        now = self._clock()
+        seconds, fraction = divmod(now, 10**9)
+        path = self._folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}-{fraction:09d}-{what}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for old in sorted(path for path in self._folder.iterdir() if path.is_dir())[: -self._kept]:
+            for old in self._removable(now):
                 shutil.rmtree(old)
-            path = self._folder / name
             path.mkdir()
         except OSError as error:
-            raise Misconfigured(f"cannot make {self._folder / name}: {error.strerror}") from error
-        return path
+            raise Misconfigured(f"cannot make {path}: {error.strerror}") from error
+        self._in_use.add(path)
+        try:
+            yield path
+        finally:
+            self._in_use.discard(path)
+
+    def _removable(self, now: int) -> list[Path]:
+        """All but the newest. A folder from the future dates from before the clock was set right: it goes first."""
+
+        def age(path: Path) -> tuple[bool, int, str]:
+            modified = path.stat().st_mtime_ns
+            return modified <= now, modified, path.name
+
+        idle = [path for path in self._folder.iterdir() if path.is_dir() and path not in self._in_use]
+        return sorted(idle, key=age)[: -self._kept]
 
 
 class Publisher:
@@ -165,7 +185,10 @@ class Publisher:
             Unavailable: Something outside failed; the same file may be delivered again.
             Misconfigured: A key or a folder is missing.
         """
-        folder = self._jobs.begin(f"delivery-{description.slot}")
+        with self._jobs.begin(f"delivery-{description.slot}") as folder:
+            return self.publish(self._delivered(path, description, folder))
+
+    def _delivered(self, path: Path, description: Description, folder: Path) -> Candidate:
         copy = folder / "delivered.tflite"
         try:
             if path.stat().st_size > MAX_MODEL_BYTES:
@@ -175,7 +198,7 @@ class Publisher:
             raise Unavailable(f"cannot copy {path}: {error.strerror}") from error
         inspected = run_job(InspectionRequest(model=str(copy), output=str(folder)), stop=self._stop)
         actions, features = self._meaning(description)
-        candidate = Candidate(
+        return Candidate(
             slot=description.slot,
             file=inspected.released,
             actions=actions,
@@ -185,7 +208,6 @@ class Publisher:
             latency_budget_ms=description.latency_budget_ms,
             lineage=Lineage(settings={"file": description.name or path.stem}),
         )
-        return self.publish(candidate)
 
     def publish(self, candidate: Candidate) -> Outcome:
         """Gate a candidate and release it, or say why not.
@@ -216,6 +238,9 @@ class Publisher:
         except Rejected as error:
             self._registry.refused(number, error.text)
             self._report("refused", slot=candidate.slot, model=file.digest, reasons=[error.text])
+            raise
+        except EdgeswapError as error:
+            self._registry.failed(number, str(error))
             raise
         self._registry.released(number, release.version, entry)
         self._report(
@@ -259,23 +284,23 @@ class Publisher:
         return actions, features
 
     def _gated(self, candidate: Candidate, current: Release | None) -> GateReport:
-        folder = self._jobs.begin(f"gate-{candidate.slot}")
-        current_path = None
-        if current is not None:
-            current_path = folder / "current.tflite"
-            try:
-                current_path.write_bytes(self._repository.model(current.digest))
-            except OSError as error:
-                raise Unavailable(f"cannot write {current_path}: {error.strerror}") from error
-        request = GateRequest(
-            slot=candidate.slot,
-            candidate=candidate.file.path,
-            current=str(current_path) if current_path else None,
-            settings=self._gate,
-            parity=candidate.file.parity,
-            output=str(folder),
-        )
-        report = run_job(request, stop=self._stop).report
+        with self._jobs.begin(f"gate-{candidate.slot}") as folder:
+            current_path = None
+            if current is not None:
+                current_path = folder / "current.tflite"
+                try:
+                    current_path.write_bytes(self._repository.model(current.digest))
+                except OSError as error:
+                    raise Unavailable(f"cannot write {current_path}: {error.strerror}") from error
+            request = GateRequest(
+                slot=candidate.slot,
+                candidate=candidate.file.path,
+                current=str(current_path) if current_path else None,
+                settings=self._gate,
+                parity=candidate.file.parity,
+                output=str(folder),
+            )
+            report = run_job(request, stop=self._stop).report
         self._report("gate", slot=candidate.slot, model=candidate.file.digest, **_gate_figures(report))
         return report
 

@@ -23,6 +23,7 @@ class ModelState(StrEnum):
     TRAINED = "trained"  # or delivered: it waits for the gate
     REFUSED = "refused"
     RELEASED = "released"
+    FAILED = "failed"  # not by its own fault: it may be tried again, as another entry
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class Model(Struct, frozen=True, kw_only=True):
         notes: For people.
         lineage: Where it comes from, metrics included.
         gate: What the gate reported (`trainer_host.gate.GateReport`), or `None` before it did.
-        reason: Why it was refused.
+        reason: Why it was refused, or came to nothing.
         id: Its number here.
     """
 
@@ -82,6 +83,10 @@ class Registry:
     def refused(self, number: int, reason: str, gate: dict[str, Any] | None = None) -> None:
         """Note that a model was refused."""
         self._settle(number, state=ModelState.REFUSED, reason=reason, gate=gate)
+
+    def failed(self, number: int, reason: str) -> None:
+        """Note that something else kept a model from the gate or from its release."""
+        self._settle(number, state=ModelState.FAILED, reason=reason)
 
     def models(self, limit: int = 100, slot: str | None = None) -> list[Model]:
         """The newest models, the newest last."""

@@ -17,6 +17,7 @@ from trainer_host.recipes import table
 from trainer_host.recipes.recipe import Recipe, override
 from trainer_host.repository import Lifetimes
 
+PROGRAM = "trainer-host"
 SYSTEM_CONFIG = Path("/etc/trainer-host/trainer-host.toml")
 LOCAL_CONFIG = Path("trainer-host.toml")
 SYSTEM_STATE = Path("/var/lib/trainer-host")

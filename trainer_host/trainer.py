@@ -78,7 +78,8 @@ class Trainer:
         self._report("training", slot=recipe.slot, recipe=recipe.name, transitions=total.transitions, new=total.new)
         log.info("training %s for %s: %d transitions are new", recipe.name, recipe.slot, total.new)
         try:
-            outcome = self._publisher.publish(self._candidate(recipe, notes, on_progress))
+            with self._jobs.begin(f"training-{recipe.slot}") as folder:
+                outcome = self._publisher.publish(self._candidate(recipe, notes, folder, on_progress))
         except EdgeswapError as error:
             self._report("failed", slot=recipe.slot, recipe=recipe.name, reason=str(error))
             if self._stop is None or not self._stop.is_set():
@@ -87,8 +88,9 @@ class Trainer:
         self._store.trained(recipe.slot, total.transitions)
         return outcome
 
-    def _candidate(self, recipe: Recipe, notes: str, on_progress: Callable[[Progress], None] | None) -> Candidate:
-        folder = self._jobs.begin(f"training-{recipe.slot}")
+    def _candidate(
+        self, recipe: Recipe, notes: str, folder: Path, on_progress: Callable[[Progress], None] | None
+    ) -> Candidate:
         count = extract(self._store, recipe.slot, self._settings.max_transitions, folder / "transitions.npz")
         request = TrainingRequest(
             recipe=recipe,

@@ -178,7 +178,7 @@ def test_from_transitions_to_a_signed_model_on_the_broker(world: World) -> None:
     assert json.loads(status.stdout)["totals"][0] == ["combat", 2100, 2100 - release.lineage.transitions]
     assert json.loads(world.command("models", "--json").stdout)[0]["state"] == "released"
     second = world.command("run")
-    assert second.returncode == 2
+    assert second.returncode == 3
     assert "another trainer-host is running" in second.stderr
     assert world.stop() == 0
 

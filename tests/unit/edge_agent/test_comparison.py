@@ -99,9 +99,9 @@ def test_throttling_is_asked_about_with_each_report() -> None:
 def test_time_that_is_up_ends_it_without_a_decision() -> None:
     scene = Scene(limit_s=10.0)
     scene.says(EQUAL)
-    scene.comparison.tick(9.9, [])
+    scene.comparison.tick(9.9, list)
     assert not scene.comparison.ended
-    scene.comparison.tick(10.0, [])
+    scene.comparison.tick(10.0, list)
     assert scene.comparison.timed_out
     assert not scene.comparison.decided
     assert not scene.comparison.died
@@ -120,7 +120,7 @@ def test_a_failed_old_model_is_neither_the_candidates_failure_nor_a_death() -> N
     scene = Scene()
     assert scene.end.send(BaselineFailed(reason="corrupt_model", text="rotten"))
     scene.ends()
-    assert scene.comparison.baseline_failed
+    assert scene.comparison.baseline_failure == ("corrupt_model", "rotten")
     assert scene.comparison.ended
     assert not scene.comparison.died
     assert scene.comparison.failure is None
@@ -138,21 +138,25 @@ def test_a_process_that_ends_by_itself_is_a_death_and_what_it_said_before_counts
 def test_silence_is_a_death() -> None:
     scene = Scene()
     scene.says(EQUAL, now=50.0)
-    scene.comparison.tick(50.0 + START_LIMIT_S, [])
+    scene.comparison.tick(50.0 + START_LIMIT_S, list)
     assert not scene.comparison.ended
-    scene.comparison.tick(50.1 + START_LIMIT_S, [])
+    scene.comparison.tick(50.1 + START_LIMIT_S, list)
     assert scene.comparison.died
 
 
 def test_fresh_states_are_passed_on_now_and_then() -> None:
     scene = Scene()
     states = [b"\0\0\0\0", b"\0\0\0\1"]
-    scene.comparison.tick(REFRESH_S - 0.1, states)
+    scene.comparison.tick(10 * REFRESH_S, lambda: states)
+    assert scene.end.receive() == []  # the child has not yet read its assignment
+    assert scene.end.send(TrialReady(memory_bytes=0))
+    scene.comparison.receive(0.0)
+    scene.comparison.tick(REFRESH_S - 0.1, lambda: states)
     assert scene.end.receive() == []
-    scene.comparison.tick(REFRESH_S, [])
+    scene.comparison.tick(REFRESH_S, list)
     assert scene.end.receive() == []
-    for now in (REFRESH_S, REFRESH_S + 0.1, 2 * REFRESH_S):
-        scene.comparison.tick(now, states)
+    for now in (2 * REFRESH_S, 2 * REFRESH_S + 0.1, 3 * REFRESH_S):
+        scene.comparison.tick(now, lambda: states)
     assert scene.end.receive() == [RecentInputs(states), RecentInputs(states)]
 
 

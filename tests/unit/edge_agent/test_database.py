@@ -154,6 +154,93 @@ def test_a_database_that_could_not_be_replaced_is_replaced_at_the_next_attempt(t
     assert notes(database) == ["new"]
 
 
+def test_a_replacement_that_needs_a_person_does_not_stop_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    database = opened(path)
+    for _ in range(QUICK_CHECK_BYTES // 1_000_000 + 2):
+        note(database, "x" * 1_000_000)
+    database.close()
+    scribble(path, 4096)
+    database = opened(path)
+    with full_disk(100), pytest.raises(Unavailable):
+        notes(database)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="permissions"):
+            notes(database)
+    path.rmdir()
+    note(database, "new")
+    assert notes(database) == ["new"]
+
+
+def test_a_replacement_that_fails_in_the_middle_does_not_stop_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    failing = False
+
+    def fill(connection: sqlite3.Connection) -> None:
+        if failing:
+            raise Misconfigured("what belongs in here needs a person")
+
+    database = Database(path, SCHEMA, synchronous="NORMAL", fill=fill)
+    note(database, "lost")
+    with sqlite3.connect(path) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.write(b"\xa5" * path.stat().st_size)
+    failing = True
+    with pytest.raises(Unavailable, match="needs a person"):
+        notes(database)
+    failing = False
+    note(database, "new")
+    assert notes(database) == ["new"]
+
+
+def test_a_block_that_fails_on_a_damaged_file_says_its_own_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    database = opened(path)
+    note(database, "lost")
+    with sqlite3.connect(path) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def half() -> None:
+        with database.transaction(durable=True) as connection:
+            connection.execute("INSERT INTO notes VALUES ('half')")
+            with path.open("r+b") as file:
+                file.write(b"\xa5" * path.stat().st_size)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    with pytest.raises(Unavailable, match="damaged"):
+        notes(database)
+    note(database, "new")
+    assert notes(database) == ["new"]
+
+
+@pytest.mark.parametrize(("statement", "error"), [("INSERT INTO notes VALUES (NULL)", Unavailable), ("", KeyError)])
+def test_where_a_rollback_fails_too_the_file_is_opened_anew(
+    tmp_path: Path, statement: str, error: type[Exception]
+) -> None:
+    database = opened(tmp_path / "a.db")
+
+    def no_rollback(action: int, what: str | None, *_: str | None) -> int:
+        refused = action == sqlite3.SQLITE_TRANSACTION and what == "ROLLBACK"
+        return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+
+    def half() -> None:
+        with database.transaction() as connection:
+            connection.execute("INSERT INTO notes VALUES ('half')")
+            connection.set_authorizer(no_rollback)
+            connection.execute(statement)
+            raise KeyError
+
+    with pytest.raises(error):
+        half()
+    note(database, "whole")
+    assert notes(database) == ["whole"]
+
+
 def test_a_log_that_the_replacement_finds_is_set_aside_too(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     database = opened(path)

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from edge_agent.state import StateStore
+from protocol.lock import is_running, only_daemon
 from protocol.messages import Event, ModelRef, SlotStatus, Status
 
 STATUS = Status(
@@ -156,6 +157,13 @@ def test_a_folder_that_cannot_be_made_is_told_in_one_line(config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_second_daemon_on_the_same_state_is_turned_away(config: Path) -> None:
+    with only_daemon(config.parent / "state", "edge-agent"):
+        done = agent("run", "--config", str(config))
+    assert done.returncode == 3
+    assert done.stderr == f"error: another edge-agent is running on {config.parent / 'state'}\n"
+
+
 def test_run_ends_with_0_on_sigterm_even_without_a_broker(config: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "edge_agent", "run", "--config", str(config)],
@@ -167,6 +175,7 @@ def test_run_ends_with_0_on_sigterm_even_without_a_broker(config: Path) -> None:
     while not status.exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
+    assert is_running(config.parent / "state", "edge-agent")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert not status.exists()

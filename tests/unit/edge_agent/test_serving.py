@@ -110,6 +110,16 @@ def test_numbers_that_are_not_finite_are_refused_in_messagepack_too(value: float
     assert msgspec.msgpack.decode(payload)["error"]["field"] == "reward"
 
 
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_json_of_writers_that_do_not_keep_to_json_is_answered_by_name(written: str) -> None:
+    asked = f'{{"battle": "b", "step": 4, "id": "x", "features": [0, {written}, 0, 0, 0, 0]}}'.encode()
+    _, (decision,), records = responder().answer(asked, 0.0)
+    assert decision.error is not None
+    assert (decision.error.code, decision.error.field) == ("not_finite", "features[1]")
+    assert (decision.battle, decision.step, decision.id) == ("b", 4, "x")
+    assert records == []
+
+
 def test_bytes_that_are_nothing_at_all_get_an_error() -> None:
     for payload in (b"", b"{", b"\xc1", b"[[[", b'"text"'):
         _, (decision,), records = responder().answer(payload, 0.0)

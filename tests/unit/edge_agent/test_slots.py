@@ -29,6 +29,7 @@ from edge_agent.children import (
     ToTrial,
     ToWorker,
     TrialAssignment,
+    TrialReady,
 )
 from edge_agent.deployment import ModelRefused, ModelStaged, StagerDied, StagingPostponed
 from edge_agent.settings import SlotSettings
@@ -360,12 +361,12 @@ def test_an_old_model_that_fails_in_the_watch_is_not_what_is_gone_back_to(scene:
     assert scene.phase() == "serving"
 
 
-def test_an_old_model_that_fails_in_the_trial_does_not_put_the_candidate_on_the_refusal_list(scene: Scene) -> None:
+def test_a_candidate_is_committed_where_the_old_model_is_lost(scene: Scene) -> None:
     scene.serving(1)
     scene.stage(2)
     scene.says(scene.trials[0], BaselineFailed(reason="corrupt_model", text="rotten"))
     scene.tick()
-    assert scene.kinds()[-1] == "inconclusive"
+    assert (scene.events[-1].kind, scene.events[-1].reason) == ("committed", "nothing_to_compare")
     assert scene.slot.state.refused == ()
 
 
@@ -464,7 +465,7 @@ def test_what_the_stager_says_about_the_candidate_is_dealt_with(scene: Scene) ->
     scene.slot.feed(StagingPostponed(ref(3).digest, "no_space"), scene.now)
     assert scene.kinds()[-1] == "postponed"
     scene.offer(3)
-    scene.slot.feed(StagerDied(), scene.now)
+    scene.slot.feed(StagerDied(ref(3).digest), scene.now)
     assert scene.staged[-2:] == [ref(3).digest, ref(3).digest]
     scene.offer(4)
     assert scene.cancelled == [ref(3).digest]
@@ -491,6 +492,7 @@ def test_recent_states_are_what_is_compared_on(scene: Scene) -> None:
     assert trial.what.old_inputs == trial.what.new_inputs == states[-RECENT_STATES:]
     fresh = b"\xff" * 8
     scene.says(worker, Records([served(fresh)], 0))
+    scene.says(trial, TrialReady(memory_bytes=0))
     scene.tick(3.0)
     (message,) = trial.end.receive()
     assert isinstance(message, RecentInputs)
@@ -574,7 +576,7 @@ def test_a_restart_with_a_full_disk_serves(make: Any) -> None:
     again.joins()
     assert again.slot.status({}).ready
     for _ in range(100):
-        again.slot.feed(StagerDied(), again.now)  # however much happens
+        again.slot.feed(StagerDied(ref(3).digest), again.now)  # however much happens
     assert len(again.slot._undecided) < 100
 
 

@@ -75,7 +75,9 @@ def release_of(model: bytes, version: int) -> Release:
 
 GOOD = release_of(MODEL, 1)
 BROKEN = release_of(b"no model", 2)
-RELEASES = (GOOD, BROKEN)
+# Its manifest leads to other bytes of the same length.
+MISLED = msgspec.structs.replace(release_of(b"promised", 3), manifest=release_of(b"supplied", 3).manifest)
+RELEASES = (GOOD, BROKEN, MISLED)
 
 
 def signed_set() -> MetadataSet:
@@ -173,6 +175,33 @@ def test_a_model_that_does_not_qualify_is_refused(settings: StagerSettings, supe
     (answer,) = supervisor.run(settings, StageModel(BROKEN.digest))[1:]
     assert isinstance(answer, Refused)
     assert (answer.digest, answer.reason) == (BROKEN.digest, "bad_model")
+
+
+def test_a_file_that_rotted_is_no_bad_model(settings: StagerSettings) -> None:
+    store = ModelStore(Path(settings.folder))
+    store.put_chunk(MODEL)
+    store.put_chunk(manifest_of([MODEL]))
+    store.path(GOOD.digest).write_bytes(MODEL[:-1] + b"?")
+    for expected in (Postponed, Staged):
+        supervisor = Supervisor()
+        (answer,) = supervisor.run(settings, StageModel(GOOD.digest))[1:]
+        assert isinstance(answer, expected)
+        assert answer.digest == GOOD.digest
+        if isinstance(answer, Postponed):
+            assert answer.reason == "disk"
+            assert "does not have that digest" in answer.text
+        supervisor.channel.close()
+        supervisor.stagers.close()
+    assert store.open(GOOD.digest) == MODEL
+
+
+def test_a_manifest_that_leads_elsewhere_is_the_models_fault(settings: StagerSettings, supervisor: Supervisor) -> None:
+    store = ModelStore(Path(settings.folder))
+    store.put_chunk(b"supplied")
+    store.put_chunk(manifest_of([b"supplied"]))
+    (answer,) = supervisor.run(settings, StageModel(MISLED.digest))[1:]
+    assert isinstance(answer, Refused)
+    assert (answer.digest, answer.reason) == (MISLED.digest, "corrupt_model")
 
 
 def test_a_model_that_no_release_names_is_refused(settings: StagerSettings, supervisor: Supervisor) -> None:

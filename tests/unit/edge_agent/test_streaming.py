@@ -13,7 +13,7 @@ from edge_agent import streaming as module
 from edge_agent.battles import BattleBook, Served
 from edge_agent.children import Records
 from edge_agent.outbox import Outbox
-from edge_agent.streaming import ACK_LIMIT_S, Streaming
+from edge_agent.streaming import ACK_LIMIT_S, STORE_AGAIN_S, Streaming
 from protocol import codec
 from protocol.errors import Unavailable
 from protocol.messages import Ack, Transition, TransitionBatch
@@ -170,7 +170,7 @@ def test_a_full_disk_holds_transitions_in_memory_until_there_is_room(scene: Scen
     scene.tick()
     assert scene.line.sent == []
     scene.outbox.full = False
-    scene.tick(1.0)
+    scene.tick(STORE_AGAIN_S)
     assert scene.line.ranges == [(1, 2)]
     scene.outbox.full = True
     scene.ack(2)
@@ -187,7 +187,7 @@ def test_what_memory_does_not_hold_is_counted_as_lost(scene: Scene, monkeypatch:
     scene.tick()
     assert scene.streaming.lost_records == 2
     scene.outbox.full = False
-    scene.tick(1.0)
+    scene.tick(STORE_AGAIN_S)
     assert [one.step for _, _, batch in scene.line.sent for one in batch.transitions] == [2, 3, 4]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from protocol.errors import Rejected, Unavailable
+from protocol.errors import Misconfigured, Rejected, Unavailable
 from trainer_host.__main__ import app
 from trainer_host.agenda import Agenda, is_due
 from trainer_host.publisher import Outcome
@@ -114,13 +114,42 @@ def test_released_and_refused_files_are_put_away(bed: Bed) -> None:
     assert bed.work == ["a.tflite", "b.tflite", "c.tflite"]
 
 
-def test_a_file_is_not_blamed_for_the_world(bed: Bed) -> None:
+@pytest.mark.parametrize("error", [Unavailable("disk full"), Misconfigured("no key")])
+def test_a_file_is_not_blamed_for_the_world(bed: Bed, error: Exception) -> None:
     bed.drop("m")
-    bed.results = [Unavailable("disk full")]
+    bed.results = [error, error, outcome(0)]
     bed.do(10.0)
     assert bed.do(20.0) == "examining m"
     assert (bed.inbox / "m.tflite").exists()
-    assert bed.do(30.0) == ""
+    assert bed.do(79.0) == ""
+    assert bed.do(80.0) == "examining m"
+    assert bed.do(199.0) == ""  # each time it rests for twice as long
+    assert bed.do(200.0) == "examining m"
+    assert (bed.inbox / "done" / "m.tflite").exists()
+
+
+def test_a_file_rests_for_an_hour_at_most(bed: Bed) -> None:
+    bed.drop("m")
+    bed.results = [Unavailable("disk full")] * 9
+    bed.do(0.0)
+    now = 20.0
+    for rest in (60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3600.0, 3600.0):
+        assert bed.do(now) == "examining m"
+        assert bed.do(now + rest - 1.0) == ""
+        now += rest
+    assert bed.do(now) == "examining m"
+
+
+def test_a_file_that_cannot_be_put_away_is_tried_again(bed: Bed) -> None:
+    (bed.inbox / "done").rmdir()
+    bed.drop("m")
+    bed.results = [outcome(0), outcome(0)]
+    bed.do(10.0)
+    assert bed.do(20.0) == "examining m"
+    (bed.inbox / "done").mkdir()
+    assert bed.do(21.0) == ""
+    assert bed.do(80.0) == "examining m"
+    assert (bed.inbox / "done" / "m.tflite").exists()
 
 
 def test_training_rests_between_two_runs(bed: Bed) -> None:

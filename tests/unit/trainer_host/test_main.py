@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from protocol import command_line
+from protocol.lock import only_daemon
 from trainer_host.__main__ import app
 from trainer_host.database import Database
 from trainer_host.keys import ROLES
-from trainer_host.lock import only_daemon
 from trainer_host.registry import Model, Registry
 from trainer_host.settings import load
 from trainer_host.store import Sighting, Store
@@ -126,11 +126,11 @@ def test_models_and_devices(config: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_status_tells_whether_the_daemon_runs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(config, "status", "--json") == command_line.REFUSED
     assert json.loads(capsys.readouterr().out)["running"] is False
-    with only_daemon(config.parent / "host"):
+    with only_daemon(config.parent / "host", "trainer-host"):
         assert call(config, "status") == 0
         assert "running" in capsys.readouterr().out
         call(config, "keys", "init")
-        assert call(config, "run") == command_line.USAGE
+        assert call(config, "run") == command_line.UNAVAILABLE
         assert "another trainer-host" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from protocol import topics
-from protocol.errors import Unavailable
+from protocol.errors import Misconfigured, Unavailable
 from protocol.link import Broker, Link, Message
 from trainer_host import metadata_topic as module
 from trainer_host.metadata_topic import MetadataTopic, publish_once
@@ -16,8 +16,11 @@ from trainer_host.private_broker import PrivateBroker
 
 class Source:
     payload = b"one"
+    error: Exception | None = None
 
     def metadata_set(self) -> bytes:
+        if self.error:
+            raise self.error
         return self.payload
 
 
@@ -82,6 +85,24 @@ def test_our_own_echo_clears_a_suspicion() -> None:
     bed.topic.heard(b"older")
     bed.topic.heard(b"one")
     assert bed.tick(10 * module.REPAIR_S) == 1
+
+
+def test_what_cannot_be_read_now_is_looked_at_again(caplog: pytest.LogCaptureFixture) -> None:
+    bed = Bed()
+    bed.source.error = Misconfigured("damaged")
+    assert bed.tick(0.0) == 0  # an empty set would delete the broker's
+    bed.topic.heard(b"of yesterday")
+    assert bed.tick(module.REPAIR_S) == 0
+    assert [record.getMessage() for record in caplog.records].count(
+        "cannot read the metadata set, looking again: damaged"
+    ) == 1
+    bed.source.error = None
+    assert bed.tick(module.REPAIR_S + module.LOOK_S) == 1
+    bed.source.error = Misconfigured("damaged")
+    bed.topic.changed()
+    assert bed.tick(module.REPAIR_S + module.LOOK_S + 1.0) == 2  # what it knows, when the broker may know nothing
+    assert bed.wire.published == [b"one", b"one"]
+    assert len(caplog.records) == 2
 
 
 @pytest.fixture

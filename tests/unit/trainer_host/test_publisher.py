@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -158,6 +160,20 @@ def test_a_stop_ends_the_job(bed: Bed) -> None:
     assert bed.registry.models() == []
 
 
+@pytest.mark.parametrize("error", [Unavailable("the disk is full"), Misconfigured("no key")])
+def test_what_came_to_nothing_is_closed_in_the_registry(
+    bed: Bed, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(bed.repository, "release", fail)
+    with pytest.raises(type(error)):
+        bed.publisher().deliver(MODELS / "echo.tflite", bed.describe())
+    (model,) = bed.registry.models()
+    assert (model.state, model.version, model.reason) == (ModelState.FAILED, None, str(error))
+
+
 def test_a_version_that_another_process_took_is_not_used(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher = bed.publisher()
     first = publisher.deliver(MODELS / "echo.tflite", bed.describe())
@@ -173,8 +189,43 @@ def test_a_version_that_another_process_took_is_not_used(bed: Bed, monkeypatch: 
 
 def test_old_jobs_folders_go(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path / "jobs", 2)
-    made = [jobs.begin("gate") for _ in range(4)]
+    made = [folder_of(jobs) for _ in range(4)]
     assert sorted((tmp_path / "jobs").iterdir()) == made[1:]
     (tmp_path / "file").touch()
-    with pytest.raises(Misconfigured):
-        Jobs(tmp_path / "file", 2).begin("gate")
+    with pytest.raises(Misconfigured), Jobs(tmp_path / "file", 2).begin("gate"):
+        pass
+
+
+def folder_of(jobs: Jobs) -> Path:
+    """The folder of a job that is over."""
+    with jobs.begin("gate") as folder:
+        return folder
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["only-its-name", "its-stamp-too"])
+def test_a_folder_made_when_the_clock_was_ahead_is_not_the_newest(tmp_path: Path, restored: bool) -> None:
+    year = 365 * 86_400 * 10**9
+    ahead = folder_of(Jobs(tmp_path, 2, clock=lambda: time.time_ns() + year))
+    stamp = time.time_ns() + (year if restored else -year)
+    os.utime(ahead, ns=(stamp, stamp))
+    made = [folder_of(Jobs(tmp_path, 2)) for _ in range(3)]
+    assert sorted(tmp_path.iterdir()) == made
+
+
+def test_what_the_folders_stamps_say_counts_not_their_names(tmp_path: Path) -> None:
+    made = [folder_of(Jobs(tmp_path, 4)) for _ in range(4)]
+    for age, folder in enumerate(made):
+        stamp = time.time_ns() - (age + 1) * 10**9
+        os.utime(folder, ns=(stamp, stamp))
+    latest = folder_of(Jobs(tmp_path, 1))
+    assert sorted(tmp_path.iterdir()) == [made[0], latest]
+
+
+def test_a_folder_in_use_is_not_removed(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, 1)
+    with jobs.begin("training") as training:
+        os.utime(training, (0, 0))
+        made = [folder_of(jobs) for _ in range(3)]
+        assert sorted(tmp_path.iterdir()) == [training, *made[1:]]
+    folder_of(jobs)
+    assert not training.exists()

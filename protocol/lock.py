@@ -12,43 +12,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from protocol.errors import Misconfigured
+from protocol.errors import Misconfigured, Unavailable
 
-NAME = "host.lock"
 ATTEMPTS = 5
 RETRY_S = 0.05
 
 
 @contextmanager
-def only_daemon(state_dir: Path) -> Iterator[None]:
+def only_daemon(state_dir: Path, program: str) -> Iterator[None]:
     """Claim the state folder while the block lasts.
 
+    Args:
+        state_dir: It is made where it is missing.
+        program: Whose daemon claims it.
+
     Raises:
-        Misconfigured: Another daemon has it, or it cannot be written.
+        Unavailable: Another daemon of the program has it.
+        Misconfigured: It cannot be made or written to.
     """
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(state_dir / NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(lock_file(state_dir, program), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise Misconfigured(f"cannot write to {state_dir}: {error.strerror}") from error
     try:
         if not _taken_in_time(descriptor):
-            raise Misconfigured(f"another trainer-host is running on {state_dir}")
+            raise Unavailable(f"another {program} is running on {state_dir}")
         yield
     finally:
         os.close(descriptor)
 
 
-def is_running(state_dir: Path) -> bool:
-    """Whether a daemon holds the state folder now."""
+def is_running(state_dir: Path, program: str) -> bool:
+    """Whether a daemon of the program holds the state folder now."""
     try:
-        descriptor = os.open(state_dir / NAME, os.O_RDONLY)
+        descriptor = os.open(lock_file(state_dir, program), os.O_RDONLY)
     except OSError:
         return False
     try:
         return not _taken(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_file(state_dir: Path, program: str) -> Path:
+    """The file that is locked; it stays when the daemon ends."""
+    return state_dir / f"{program}.lock"
 
 
 def _taken_in_time(descriptor: int) -> bool:
