@@ -4,7 +4,7 @@ SHELL := /bin/sh
 PYTHON_ENV := .venv/bin/python
 TFLITE_ENV := .venv-tflite/bin/python
 CODE := protocol edge_agent trainer_host demo benchmarks tests scripts
-AGENT_TESTS := tests/unit/protocol tests/unit/edge_agent tests/integration/test_agent.py tests/integration/test_stager.py tests/integration/test_agent.py tests/integration/test_stager.py
+AGENT_TESTS := tests/unit/protocol tests/unit/edge_agent tests/integration/test_agent.py tests/integration/test_stager.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-bench demo test test-main test-tflite coverage-own lint format bench lock clean

@@ -104,6 +104,8 @@ class Worker:
         while not self._finished(time.monotonic()):
             if self._channel in self._link.turn(0.0 if self._waiting else IDLE_S, also=self._listening()):
                 self._listen()
+            if self._channel.closed:  # seen when reading, or when a report could not be written
+                self._leave()
             self._answer_burst()
             now = time.monotonic()
             if len(self._records) >= MAX_RECORDS or now >= self._report_at:
@@ -127,12 +129,10 @@ class Worker:
                 self._link.subscribe((self._filter, 1))
             elif isinstance(message, Leave):
                 self._leave()
-        if self._channel.closed:
-            log.warning("%s: the supervisor has gone; leaving", self._assignment.slot)
-            self._leave()
 
     def _leave(self) -> None:
         if self._leaving_packet is None:
+            log.info("%s: leaving%s", self._assignment.slot, ", for the supervisor has gone" * self._channel.closed)
             self._leaving_packet = self._link.unsubscribe(self._filter)
 
     def _finished(self, now: float) -> bool:

@@ -125,6 +125,13 @@ def test_two_slots_have_workers_of_their_own_and_one_front_desk(make_world: Call
     stranger = world.ask(observation(1), topics.state(DEVICE, "nobody"))
     assert stranger.error is not None
     assert len(world.decisions) == 3
+    for number in range(300):
+        asked = {"battle": "m", "step": number, "features": [0, 5, 1]}
+        world.link.publish(topics.state(DEVICE, "movement"), msgspec.json.encode(asked))
+    world.wait(lambda: len(world.decisions) >= 303, "all are answered")
+    world.ask(observation(2))  # whatever the front desk had to say of them is here before this answer
+    assert len(world.decisions) == 304
+    assert all(decision.error is None for decision in world.decisions[3:])
 
 
 def test_a_good_model_is_tried_committed_and_served(world: World) -> None:
@@ -222,18 +229,17 @@ def test_a_swap_under_load_loses_nothing_and_answers_nothing_twice(world: World,
     count = len(answered)
     playing(lambda: len(answered) > count + 500, "the game goes on")
     world.wait(lambda: game.turn(0.0) or len(answered) >= len(asked), "everything is answered")
+    world.wait(lambda: game.turn(0.0) or len(world.children("worker")) == 1, "the old worker has left")
     game.close()
     numbers = [number for number, _ in answered]
     assert sorted(numbers) == sorted(asked)
     assert {version for _, version in answered} == {0, 1}
 
 
-def test_a_worker_killed_with_9_is_replaced_within_a_second(world: World) -> None:
+def test_a_worker_killed_with_9_is_replaced(world: World) -> None:
     (worker,) = world.children("worker")
     os.kill(worker, signal.SIGKILL)
-    killed_at = time.monotonic()
-    world.wait(lambda: _answers(world), "it answers again")
-    assert time.monotonic() - killed_at < 5.0  # the figure itself is in the benchmark
+    world.wait(lambda: _answers(world), "it answers again")  # how soon is in the benchmark
     assert world.event("worker_died").text.endswith("killed by SIGKILL")
     assert world.children("worker") != [worker]
 

@@ -24,6 +24,7 @@ from edge_agent.children import (
     ToWorker,
 )
 from edge_agent.handover import BEAT_LIMIT_S, LEAVE_LIMIT_S, LOAD_LIMIT_S, Handover, Phase
+from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
 
 
@@ -279,3 +280,68 @@ def test_stopping_asks_everybody_to_leave_and_replaces_nobody() -> None:
     assert scene.handover.members == []
     assert len(scene.workers) == 1
     assert scene.deaths == []
+
+
+def test_while_a_model_cannot_be_loaded_states_are_answered_with_no_model() -> None:
+    scene = Scene()
+    scene.handover.want(NEW)
+    scene.tick()
+    for worker in (scene.workers[0], None):
+        failing = worker or scene.workers[-1]
+        scene.says(failing, LoadFailed(reason="corrupt_model", text="rotten"))
+        scene.ends(failing, 1)
+        scene.tick(0.0)
+    stand_in = scene.workers[-1]
+    assert stand_in.model is None
+    scene.says(stand_in, LOADED, Joined())
+    assert scene.handover.answering
+    assert scene.handover.serving is None
+    scene.tick(1.0)
+    mended = scene.workers[-1]
+    assert mended.model == NEW
+    assert scene.handover.answering
+    scene.says(mended, LOADED, Joined())
+    assert stand_in.said() == [Join, Leave]
+    assert scene.handover.serving is not None
+    assert [digest for digest, _ in scene.deaths] == [NEW.digest, NEW.digest]
+
+
+def test_a_worker_that_hangs_before_it_has_found_the_broker_is_not_held_against_its_model() -> None:
+    scene = Scene()
+    scene.handover.want(NEW)
+    scene.tick()
+    scene.says(scene.workers[0], LOADED)
+    scene.tick(BEAT_LIMIT_S + 1)
+    assert scene.workers[0].process.killed
+    assert scene.deaths == []
+    assert len(scene.workers) == 2
+
+
+def test_loading_counts_as_turning_over() -> None:
+    scene = Scene()
+    scene.handover.want(NEW)
+    scene.tick()
+    scene.now += LOAD_LIMIT_S - 1
+    assert scene.handover.turns_over(scene.now)
+    assert not scene.handover.loaded
+    scene.says(scene.workers[0], LOADED)
+    assert scene.handover.loaded
+
+
+def test_a_system_that_gives_no_process_is_asked_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    refusals = [Unavailable("no memory"), Unavailable("no memory")]
+    give = scene._start
+
+    def start(wanted: ModelFile | None) -> Child[FromWorker]:
+        if refusals:
+            raise refusals.pop()
+        return give(wanted)
+
+    monkeypatch.setattr(scene.handover, "_start", start)
+    scene.handover.want(OLD)
+    scene.tick()
+    scene.tick()
+    assert scene.workers == []
+    scene.tick(1.0)
+    assert len(scene.workers) == 1
