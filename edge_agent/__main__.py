@@ -18,7 +18,7 @@ from cyclopts import App, Parameter
 
 from edge_agent import settings as configuration
 from protocol import command_line
-from protocol.command_line import JsonFlag
+from protocol.command_line import EXIT_CODES, JsonFlag
 from protocol.errors import EdgeswapError, Unavailable
 from protocol.messages import ModelRef, Status
 
@@ -33,7 +33,7 @@ MAX_STATUS_AGE_S = 180.0
 
 app = App(
     name=PROGRAM,
-    help="Answers a game's battle states on this device, and keeps its models up to date.",
+    help=f"Answers a game's battle states on this device, and keeps its models up to date.\n\n{EXIT_CODES}",
     version=importlib.metadata.version("edgeswap"),
 )
 

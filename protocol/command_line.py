@@ -17,6 +17,10 @@ from msgspec import Struct, to_builtins
 
 from protocol.errors import Misconfigured, Rejected, Unavailable
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a check failed or something was refused, 2 the command or the configuration is wrong, "
+    "3 something outside is not available."
+)
 DONE = 0
 REFUSED = 1
 USAGE = 2

@@ -17,17 +17,12 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from protocol import command_line
-from protocol.command_line import DONE, REFUSED, JsonFlag
+from protocol.command_line import DONE, EXIT_CODES, REFUSED, USAGE, JsonFlag
 
 if TYPE_CHECKING:
     from trainer_host.publisher import Outcome
     from trainer_host.settings import Settings
     from trainer_host.wiring import Parts
-
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 a check failed or a model was refused, 2 the command or the configuration is wrong, "
-    "3 something outside is not available."
-)
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
@@ -283,7 +278,12 @@ def _win_rate(gate: dict[str, object] | None) -> float | None:
 def main() -> None:
     """The console script."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # a daemon's warnings are no command's output
-    sys.exit(command_line.run(app))
+    try:
+        code = command_line.run(app)
+    except ModuleNotFoundError as error:  # an agent's environment has this command too
+        sys.stderr.write(f"error: {error.name} is not installed here; the trainer is installed as edgeswap[host]\n")
+        code = USAGE
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def key_files(folder: Path, settings: Settings) -> Iterator[Finding]:
         try:
             keys.load_signers(folder, (role,), passphrase)
         except Misconfigured as error:
-            yield _unusable_key(role, error)
+            here = any((folder / entry.uri.partition(":")[2]).is_file() for entry in index[role])
+            yield _unopenable_key(role, error) if here else _absent_key(role, error)
             continue
         if role == "root":
             remedy = "Move root.pem to a place that is not on any network."
@@ -164,7 +165,12 @@ def runtime() -> Finding:
     return Finding("runtime", Health.OK, "ai-edge-litert")
 
 
-def _unusable_key(role: str, error: Misconfigured) -> Finding:
+def _unopenable_key(role: str, error: Misconfigured) -> Finding:
+    remedy = "Check passphrase_file, and the file against your copy."
+    return Finding(f"key {role}", Health.FAILED, f"it is here and does not open: {error}", remedy)
+
+
+def _absent_key(role: str, error: Misconfigured) -> Finding:
     if role == "root":
         return Finding("key root", Health.OK, "it is not on this host, as it should be")
     if role == "targets":

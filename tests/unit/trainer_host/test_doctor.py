@@ -78,6 +78,20 @@ def test_keys(settings: Settings) -> None:
     assert health(list(doctor.key_files(folder / "none", settings))) == {"keys": Health.FAILED}
 
 
+def test_keys_that_are_here_and_do_not_open(tmp_path: Path) -> None:
+    (tmp_path / "right").write_text("open sesame\n")
+    (tmp_path / "wrong").write_text("open barley\n")
+    config = tmp_path / "host.toml"
+    config.write_text('state_dir = "host"\npassphrase_file = "right"\n')
+    assert app(["keys", "init", "--config", str(config)], result_action="return_value") == 0
+    config.write_text('state_dir = "host"\npassphrase_file = "wrong"\n')
+    settings = load(config)
+    found = list(doctor.key_files(Path(settings.keys_dir), settings))
+    assert set(health(found)) == {"key root", "key targets", "key snapshot", "key timestamp"}
+    assert set(health(found).values()) == {Health.FAILED}
+    assert all("does not open" in finding.detail for finding in found)
+
+
 def test_metadata_runs_out(settings: Settings) -> None:
     now = datetime.now(UTC)
     assert set(health(list(doctor.metadata(settings, now))).values()) == {Health.OK}
