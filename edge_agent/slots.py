@@ -131,15 +131,11 @@ class Slot:
 
     def begin(self, now: float) -> None:
         """Take up what was going on when the daemon last ended."""
-        self._feed(deployment.DaemonRestarted(clean=self._clean), now)
+        self.feed(deployment.DaemonRestarted(clean=self._clean), now)
 
     def offer(self, model: ModelRef, now: float) -> None:
         """A verified release names a model this slot should have."""
-        self._feed(deployment.ReleaseOffered(model), now)
-
-    def feed(self, event: deployment.Event, now: float) -> None:
-        """Something happened to the candidate."""
-        self._feed(event, now)
+        self.feed(deployment.ReleaseOffered(model), now)
 
     def is_candidate(self, digest: str) -> bool:
         """Whether this model is being staged or tried here."""
@@ -214,7 +210,8 @@ class Slot:
             latency_us_p99=p99,
         )
 
-    def _feed(self, event: deployment.Event, now: float) -> None:
+    def feed(self, event: deployment.Event, now: float) -> None:
+        """Take something that happened; at once, or when the disk takes the state it leads to."""
         self._serve_active()
         if len(self._undecided) == MAX_UNDECIDED:
             log.error("%s: too much has happened while the disk takes nothing; forgetting %s", self.name, event)
@@ -280,13 +277,13 @@ class Slot:
 
     def _begin_trial(self, active: ModelRef, candidate: ModelRef, now: float) -> None:
         if self._around.release(active.digest) is None:
-            self._feed(BaselineLost("unavailable", f"the release of version {active.version} is damaged"), now)
+            self.feed(BaselineLost("unavailable", f"the release of version {active.version} is damaged"), now)
             return
         seed = secrets.randbits(32)
         judge = TrialJudge(JudgeSettings(max_pairs=self._settings.trial_max_pairs), seed)
         child = self._start_trial(active, candidate, seed, interval_s=0.0)
         if child is None:
-            self._feed(TrialInconclusive(judge.verdict()), now)
+            self.feed(TrialInconclusive(judge.verdict()), now)
             return
         self._comparison = Comparison(
             child, judge, limit_s=self._settings.trial_seconds, throttled=self._around.throttled, now=now
@@ -297,7 +294,7 @@ class Slot:
         judge = WatchJudge(JudgeSettings(), watch.ratio, seed)
         child = self._start_trial(watch.previous, watch.active, seed, interval_s=self._settings.watch_interval_s)
         if child is None:
-            self._feed(BaselineLost("unavailable", "what is known of it is lost, or no process can be started"), now)
+            self.feed(BaselineLost("unavailable", "what is known of it is lost, or no process can be started"), now)
             return
         self._comparison = Comparison(
             child, judge, limit_s=self._settings.watch_seconds, throttled=self._around.throttled, now=now
@@ -359,15 +356,15 @@ class Slot:
         state = self.state
         watching = isinstance(state, Watch)
         if comparison.failure is not None:
-            self._feed(TrialFailed(*comparison.failure), now)
+            self.feed(TrialFailed(*comparison.failure), now)
         elif comparison.baseline_failure is not None:
-            self._feed(BaselineLost(*comparison.baseline_failure), now)
+            self.feed(BaselineLost(*comparison.baseline_failure), now)
         elif comparison.died:
-            self._feed(TrialDied(), now)
+            self.feed(TrialDied(), now)
         elif watching:
-            self._feed(WatchAlarmed(comparison.verdict()) if comparison.decided else WatchQuieted(), now)
+            self.feed(WatchAlarmed(comparison.verdict()) if comparison.decided else WatchQuieted(), now)
         else:
-            self._feed(_trial_ended(comparison.verdict()), now)
+            self.feed(_trial_ended(comparison.verdict()), now)
 
     # What the workers say.
 
@@ -392,7 +389,7 @@ class Slot:
             )
         )
         if digest is not None:
-            self._feed(WorkerDied(digest), now)
+            self.feed(WorkerDied(digest), now)
 
 
 def _trial_ended(verdict: Verdict) -> deployment.Event:
