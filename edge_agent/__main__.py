@@ -36,6 +36,7 @@ app = App(
     help=f"Answers a game's battle states on this device, and keeps its models up to date.\n\n{EXIT_CODES}",
     version=importlib.metadata.version("edgeswap"),
 )
+app.register_install_completion_command()
 
 
 @app.command

@@ -37,6 +37,7 @@ app = App(
 )
 keys_app = App(name="keys", help="The keys that sign releases.")
 app.command(keys_app)
+app.register_install_completion_command()
 
 
 @app.command
