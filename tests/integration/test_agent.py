@@ -125,13 +125,6 @@ def test_two_slots_have_workers_of_their_own_and_one_front_desk(make_world: Call
     stranger = world.ask(observation(1), topics.state(DEVICE, "nobody"))
     assert stranger.error is not None
     assert len(world.decisions) == 3
-    for number in range(300):
-        asked = {"battle": "m", "step": number, "features": [0, 5, 1]}
-        world.link.publish(topics.state(DEVICE, "movement"), msgspec.json.encode(asked))
-    world.wait(lambda: len(world.decisions) >= 303, "all are answered")
-    world.ask(observation(2))  # whatever the front desk had to say of them is here before this answer
-    assert len(world.decisions) == 304
-    assert all(decision.error is None for decision in world.decisions[3:])
 
 
 def test_a_good_model_is_tried_committed_and_served(world: World) -> None:

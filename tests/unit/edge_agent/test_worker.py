@@ -175,6 +175,18 @@ def test_a_slot_that_does_not_exist_is_refused_and_one_that_does_is_left_to_its_
     assert len(scene.answers) == 1
 
 
+def test_the_front_desk_has_nothing_to_say_to_other_slots_however_many_states_they_get(
+    make: Callable[..., Scene],
+) -> None:
+    scene = make(slots=["combat", "movement"], deadline_ms=1.0).joined()
+    for number in range(300):
+        scene.game.publish("battle/v1/pi7/movement/state", observation(number))
+    scene.game.publish("battle/v1/pi7/combat/state", observation(300))
+    scene.until(lambda: scene.answers)
+    assert [message.topic for message in scene.answers] == ["battle/v1/pi7/combat/action"]
+    assert msgspec.json.decode(scene.answers[0].payload)["id"] == 300
+
+
 def test_without_the_front_desk_it_hears_its_own_slot_only(make: Callable[..., Scene]) -> None:
     scene = make(front_desk=False).joined()
     scene.publish(observation(1), topics.state("pi7", "nobody"), qos=1)
