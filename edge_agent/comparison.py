@@ -35,6 +35,8 @@ class Comparison:
     Args:
         child: The trial process.
         judge: Hears the pairs.
+        old: Digest of the model that is served, or was before.
+        new: Digest of the one that is compared with it.
         limit_s: After how long it ends without a decision of the judge.
         throttled: Whether the device is throttling now.
         now: When it begins.
@@ -48,9 +50,18 @@ class Comparison:
     """
 
     def __init__(
-        self, child: Child[FromTrial], judge: Judge, *, limit_s: float, throttled: Callable[[], bool], now: float
+        self,
+        child: Child[FromTrial],
+        judge: Judge,
+        *,
+        old: str,
+        new: str,
+        limit_s: float,
+        throttled: Callable[[], bool],
+        now: float,
     ) -> None:
         self.child = child
+        self.old, self.new = old, new
         self.decided = False
         self.timed_out = False
         self.died = False

@@ -28,11 +28,19 @@ the next release. Where it is lost in a watch, the new model stays: it has passe
 
 **An offer during a watch** ends the watch. The watched model has passed its trial, and the newer one is compared with
 it; a host that publishes faster than devices watch gives up the watch's protection, not the trial's.
+
+**An operator's signed wish** goes before all that. What is pinned is served without a trial, also if it is older or was
+refused for being slow, but not if it does not work; `newest` then is its version, so that after the pin newer ones are
+offered again. A version that is withdrawn is rolled back and refused; where there is nothing to go back to it stays,
+since something must be served.
+
+**A model whose bytes are lost** is not to blame for it. The one before is served, or for want of one nothing, and what
+was lost may be staged again at its version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -41,10 +49,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from protocol.errors import Misconfigured
+from protocol.messages import Event as AuditEvent
 from protocol.messages import ModelRef, Verdict
 
 MAX_REFUSALS = 16
 MAX_DEATHS = 2
+SLOWER, WITHDRAWN = "slower", "withdrawn"
+OVERRULED = frozenset({SLOWER, WITHDRAWN})
 NO_VERSION = -1
 
 
@@ -85,10 +96,12 @@ class Staging(Standing, frozen=True, kw_only=True):
     Attributes:
         candidate: Which one.
         deaths: How often it killed the stager.
+        pinned: Whose wish it is that it be served without a trial; empty if nobody's.
     """
 
     candidate: ModelRef
     deaths: int = 0
+    pinned: str = ""
 
 
 class Trial(Standing, frozen=True, kw_only=True):
@@ -153,9 +166,31 @@ class StagingPostponed(Struct, frozen=True):
 
 
 class StagerDied(Struct, frozen=True):
-    """The stager ended while it worked on this model."""
+    """The stager ended while it worked on this model; `how`, in words."""
 
     digest: str
+    how: str = ""
+
+
+class ReleasePinned(Struct, frozen=True):
+    """A signed wish names the model this slot must have; `text` says whose, and is not empty."""
+
+    model: ModelRef
+    text: str
+
+
+class VersionWithdrawn(Struct, frozen=True):
+    """A signed wish says that this version must not be served; `text` says whose."""
+
+    version: int
+    text: str = ""
+
+
+class ModelLost(Struct, frozen=True):
+    """The bytes of a model that was here are missing, unreadable or rotten."""
+
+    digest: str
+    text: str = ""
 
 
 class TrialPassed(Struct, frozen=True):
@@ -218,6 +253,9 @@ class DaemonRestarted(Struct, frozen=True):
 
 Event: TypeAlias = (
     ReleaseOffered
+    | ReleasePinned
+    | VersionWithdrawn
+    | ModelLost
     | ModelStaged
     | ModelRefused
     | StagingPostponed
@@ -273,12 +311,16 @@ class EndWatch(Struct, frozen=True):
     """Stop the watch without a verdict."""
 
 
+class LookAgain(Struct, frozen=True):
+    """Verify the kept metadata again, so that what was lost is offered anew."""
+
+
 class Report(Struct, frozen=True):
     """Write a line of the audit trail.
 
     Attributes:
         kind: `staged`, `postponed`, `superseded`, `trial`, `inconclusive`, `refused`, `committed`, `confirmed`,
-            `unwatched` or `rolled_back`.
+            `unwatched`, `rolled_back`, `pinned` or `lost`.
         model: Which model it is about.
         reason: A stable word for programs.
         text: For people, where there is more to say.
@@ -292,7 +334,7 @@ class Report(Struct, frozen=True):
     verdict: Verdict | None = None
 
 
-Action: TypeAlias = Stage | StopStaging | BeginTrial | EndTrial | BeginWatch | EndWatch | Report
+Action: TypeAlias = Stage | StopStaging | BeginTrial | EndTrial | BeginWatch | EndWatch | LookAgain | Report
 
 
 class Step(NamedTuple):
@@ -322,6 +364,25 @@ def of_candidate(state: Staging, event: ModelStaged | ModelRefused | StagingPost
 def of_active(state: Watch, event: WorkerDied) -> bool:
     """Whether the worker served the new model, and not the old one on its way out."""
     return event.digest == state.active.digest
+
+
+def works(state: State, event: ReleasePinned) -> bool:
+    """Whether what is pinned was not found to be broken. An operator may overrule the judge, not the laws of nature."""
+    return not any(
+        refusal.digest == event.model.digest and refusal.reason not in OVERRULED for refusal in state.refused
+    )
+
+
+def is_concerned(state: State, event: VersionWithdrawn) -> bool:
+    """Whether this version is served and there is one to go back to, or it is under way."""
+    is_active = state.active is not None and state.active.version == event.version and state.previous is not None
+    return is_active or (isinstance(state, Staging | Trial) and state.candidate.version == event.version)
+
+
+def is_needed(state: State, event: ModelLost) -> bool:
+    """Whether what is lost is served or tried; a candidate that is being staged is fetched anyway."""
+    is_active = state.active is not None and state.active.digest == event.digest
+    return is_active or (isinstance(state, Trial) and state.candidate.digest == event.digest)
 
 
 # What the rows do.
@@ -361,6 +422,8 @@ def stage_again(state: Staging, _event: DaemonRestarted) -> Step:
 def try_or_commit(state: Staging, _event: ModelStaged) -> Step:
     """Compare the candidate with what is served, or take it if nothing is."""
     staged = Report("staged", state.candidate)
+    if state.pinned:
+        return Step(_pinned(state, state.candidate), (staged, Report("pinned", state.candidate, text=state.pinned)))
     if state.active is None:
         first = Report("committed", state.candidate, "first_model")
         return Step(_serving(state, state.candidate, None, state.candidate.version), (staged, first))
@@ -385,12 +448,12 @@ def postpone(state: Staging, event: StagingPostponed) -> Step:
     return Step(_serving(state, state.active, state.previous), (report,))
 
 
-def count_stager_death(state: Staging, _event: StagerDied) -> Step:
+def count_stager_death(state: Staging, event: StagerDied) -> Step:
     """Stage the candidate once more, or refuse it."""
     deaths = state.deaths + 1
     if deaths < MAX_DEATHS:
         return Step(replace(state, deaths=deaths), (Stage(state.candidate),))
-    return _refuse(state, Report("refused", state.candidate, "died_twice", "it killed the stager twice"))
+    return _refuse(state, Report("refused", state.candidate, "died_twice", f"it killed the stager twice: {event.how}"))
 
 
 def commit(state: Trial, event: TrialPassed) -> Step:
@@ -408,7 +471,7 @@ def commit(state: Trial, event: TrialPassed) -> Step:
 
 def refuse_slower(state: Trial, event: TrialRegressed) -> Step:
     """Keep what is served: the candidate is slower."""
-    return _refuse(state, Report("refused", state.candidate, "slower", verdict=event.verdict))
+    return _refuse(state, Report("refused", state.candidate, SLOWER, verdict=event.verdict))
 
 
 def refuse_failed(state: Trial, event: TrialFailed) -> Step:
@@ -464,7 +527,7 @@ def restart_watch(state: Watch, event: DaemonRestarted) -> Step:
 
 def roll_back_slower(state: Watch, event: WatchAlarmed) -> Step:
     """Serve the old model again: the new one is slower."""
-    return _roll_back(state, Report("rolled_back", state.active, "slower", verdict=event.verdict))
+    return _roll_back(state, Report("rolled_back", state.active, SLOWER, verdict=event.verdict))
 
 
 def roll_back_failed(state: Watch, event: TrialFailed) -> Step:
@@ -482,6 +545,74 @@ def end_unwatched(state: Watch, event: BaselineLost) -> Step:
     return Step(
         _serving(state, state.active, state.previous), (Report("unwatched", state.active, event.reason, event.text),)
     )
+
+
+def obey_pin(state: State, event: ReleasePinned) -> Step:
+    """Serve what is pinned: at once if it is here, else once it is staged."""
+    model = event.model
+    if isinstance(state, Staging) and state.candidate == model:
+        return Step(replace(state, pinned=event.text))
+    if state.active == model and isinstance(state, Serving | Watch):
+        return Step(state)
+    if state.active == model:
+        return Step(_serving(state, state.active, state.previous), _abandon(state))
+    if model in (state.previous, state.candidate if isinstance(state, Trial) else None):
+        abandoned = _abandon(state, but=model)
+        return Step(_pinned(state, model), (*abandoned, Report("pinned", model, text=event.text)))
+    return Step(replace(_staging(state, model), pinned=event.text), (*_abandon(state), Stage(model)))
+
+
+def withdraw(state: State, event: VersionWithdrawn) -> Step:
+    """Roll back what is served, or give up what is under way."""
+    if isinstance(state, Staging | Trial) and state.candidate.version == event.version:
+        step = _refuse(state, Report("refused", state.candidate, WITHDRAWN, event.text))
+        return Step(step.state, (*_abandon(state, but=state.candidate), *step.actions))
+    assert state.active is not None, "the row's condition"
+    report = Report("rolled_back", state.active, WITHDRAWN, event.text)
+    if isinstance(state, Watch):
+        return _roll_back(state, report)
+    step = _fall_back(state, report)
+    return Step(replace(step.state, refused=_refused(state, report)), step.actions)
+
+
+def replace_lost(state: State, event: ModelLost) -> Step:
+    """Serve the model before, and have what was lost staged again."""
+    if isinstance(state, Trial) and state.candidate.digest == event.digest:
+        return Step(_staging(state, state.candidate), (EndTrial(), Stage(state.candidate)))
+    assert state.active is not None, "the row's condition"
+    report = Report("lost", state.active, "corrupt_model", event.text)
+    if isinstance(state, Trial) and state.previous is None:
+        step = commit_unopposed(state, BaselineLost(report.reason, report.text))
+        return Step(step.state, (EndTrial(), report, *step.actions))
+    step = _fall_back(state, report)
+    offered_again = min(state.newest, state.active.version - 1)
+    return Step(replace(step.state, newest=offered_again), (*step.actions, LookAgain()))
+
+
+def _fall_back(state: State, report: Report) -> Step:
+    """The same with the previous model active, which may be none."""
+    if isinstance(state, Watch):
+        return Step(_serving(state, state.previous, None), (EndWatch(), report))
+    if isinstance(state, Trial):
+        assert state.previous is not None, "the callers' condition"
+        retried = Trial(active=state.previous, refused=state.refused, newest=state.newest, candidate=state.candidate)
+        return Step(retried, (report, BeginTrial(retried.active, retried.candidate)))
+    return Step(replace(state, active=state.previous, previous=None), (report,))
+
+
+def _abandon(state: State, but: ModelRef | None = None) -> tuple[Action, ...]:
+    """What ends whatever is under way; a candidate other than `but` is superseded."""
+    if isinstance(state, Staging):
+        superseded = () if state.candidate == but else (Report("superseded", state.candidate),)
+        return (StopStaging(state.candidate), *superseded)
+    if isinstance(state, Trial):
+        superseded = () if state.candidate == but else (Report("superseded", state.candidate),)
+        return (EndTrial(), *superseded)
+    return (EndWatch(),) if isinstance(state, Watch) else ()
+
+
+def _pinned(state: State, model: ModelRef) -> Serving:
+    return Serving(active=model, previous=state.active, refused=state.refused, newest=model.version)
 
 
 def _staging(state: State, candidate: ModelRef) -> Staging:
@@ -544,6 +675,15 @@ OF_TRIAL = (TrialPassed, TrialRegressed, TrialInconclusive)
 OF_WATCH = (WatchAlarmed, WatchQuieted)
 OF_EITHER = (TrialFailed, TrialDied, BaselineLost)
 
+STATES: tuple[type[State], ...] = (Serving, Staging, Trial, Watch)
+
+# What means the same in every state.
+IN_EVERY_STATE: tuple[tuple[type[Event], tuple[type[State], ...], Callable[..., Step], Callable[..., bool]], ...] = (
+    (ReleasePinned, (Serving, Staging, Watch), obey_pin, works),
+    (VersionWithdrawn, (Serving, Staging, Trial), withdraw, is_concerned),
+    (ModelLost, (Serving, Staging, Trial), replace_lost, is_needed),
+)
+
 # What is late, or does not concern the state.
 WITHOUT_EFFECT: tuple[tuple[type[State], tuple[type[Event], ...]], ...] = (
     (Serving, (*OF_STAGER, *OF_TRIAL, *OF_WATCH, *OF_EITHER, WorkerDied, DaemonRestarted)),
@@ -576,6 +716,7 @@ ROWS: tuple[Row[Any, Any], ...] = (
     Row(Watch, BaselineLost, (Serving,), end_unwatched),
     Row(Watch, DaemonRestarted, (Watch, Serving), restart_watch),
     Row(Watch, ReleaseOffered, (Staging,), stage_after_watch, newer),
+    *(Row(state, event, goes_to, do, when) for event, goes_to, do, when in IN_EVERY_STATE for state in STATES),
     *(Row(state, event, (state,), stay) for state, events in WITHOUT_EFFECT for event in events),
 )
 
@@ -625,10 +766,37 @@ def initial() -> State:
     return Serving()
 
 
-def pinned(state: State) -> frozenset[str]:
-    """Digests of the models the store must keep."""
+def needed(state: State) -> frozenset[ModelRef]:
+    """The models that the store must keep."""
     candidate = state.candidate if isinstance(state, Staging | Trial) else None
-    return frozenset(model.digest for model in (state.active, state.previous, candidate) if model is not None)
+    return frozenset(model for model in (state.active, state.previous, candidate) if model is not None)
+
+
+def recovered(events: Iterable[AuditEvent]) -> State:
+    """What a slot's audit trail, the oldest first, says about it: for when its state is lost.
+
+    Args:
+        events: `protocol.messages.Event`s of one slot. Whoever asks checks that the models are still there.
+    """
+    state = Serving()
+    for event in events:
+        if event.version is None:
+            continue
+        model = ModelRef(digest=event.model, version=event.version)
+        report = Report(event.kind, model, event.reason)
+        if event.kind in {"committed", "pinned"}:
+            newest = model.version if event.kind == "pinned" else max(state.newest, model.version)
+            state = Serving(active=model, previous=state.active, refused=state.refused, newest=newest)
+        elif event.kind == "rolled_back":
+            state = Serving(active=state.previous, refused=_refused(state, report), newest=state.newest)
+        elif event.kind == "refused":
+            newest = max(state.newest, model.version)
+            state = replace(state, refused=_refused(state, report), newest=newest)
+        elif event.kind == "inconclusive":
+            state = replace(state, newest=max(state.newest, model.version))
+        elif event.kind == "lost":
+            state = replace(state, active=state.previous, previous=None, newest=min(state.newest, model.version - 1))
+    return state
 
 
 _decoder = msgspec.json.Decoder(State)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
@@ -20,6 +20,7 @@ LOCAL_CONFIG = Path("edge-agent.toml")
 SYSTEM_STATE = Path("/var/lib/edge-agent")
 SYSTEM_RUNTIME = Path("/run/edge-agent")
 MIB = 1024 * 1024
+BATTLE_END = "battle-end"
 
 
 class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +34,7 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         trial_seconds: And so does one that takes longer. At a duty of 5%, two hours do for models of up to 60 ms.
         watch_seconds: How long a new model is watched after it was committed.
         watch_interval_s: Seconds between two timed pairs while watching.
+        swap: When a newer model answers: at once, or, battle by battle, once the battle that is going on has ended.
     """
 
     deadline_ms: Annotated[float, Meta(ge=1, le=10_000)] = 50.0
@@ -42,6 +44,7 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     trial_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 7_200.0
     watch_seconds: Annotated[float, Meta(ge=0, le=7 * 86_400)] = 3_600.0
     watch_interval_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    swap: Literal["now", "battle-end"] = "now"
 
 
 class OutboxSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,6 +64,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         device: This device's name in topics and certificates; by default the computer's.
+        groups: Names under which an operator may mean this device and others: see `trainer-host pin --group`.
         broker: How to reach the broker.
         state_dir: Models, metadata, the outbox: what must survive a restart.
         runtime_dir: What need not: the status file.
@@ -73,6 +77,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     slots: Annotated[dict[str, SlotSettings], Meta(min_length=1)]
     device: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
+    groups: tuple[str, ...] = ()
     broker: Broker = Broker()
     state_dir: str = ""
     runtime_dir: str = ""
@@ -87,6 +92,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             checked_name(self.device, "device")
             for slot in self.slots:
                 checked_name(slot, "slot name")
+            for group in self.groups:
+                checked_name(group, "group")
         except Rejected as error:
             raise ValueError(error.text) from error
 

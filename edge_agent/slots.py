@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
+import random
 import struct
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from edge_agent import children, deployment
+from edge_agent import deployment
 from edge_agent.children import Beat, Child, FromTrial, FromWorker, ModelFile, Records, TrialAssignment
 from edge_agent.comparison import Comparison
 from edge_agent.deployment import (
@@ -23,6 +23,8 @@ from edge_agent.deployment import (
     BeginWatch,
     EndTrial,
     EndWatch,
+    LookAgain,
+    ModelLost,
     Report,
     Stage,
     Staging,
@@ -38,10 +40,12 @@ from edge_agent.deployment import (
     WatchQuieted,
     WorkerDied,
 )
-from edge_agent.handover import Handover
+from edge_agent.handover import Death, Handover
 from edge_agent.histogram import Histogram
 from edge_agent.judge import JudgeSettings, TrialJudge, WatchJudge
-from edge_agent.settings import SlotSettings
+from edge_agent.model_store import LOST_MODEL
+from edge_agent.settings import BATTLE_END, SlotSettings
+from edge_agent.staging import Progress
 from edge_agent.state import StateStore
 from protocol.errors import Unavailable
 from protocol.messages import Event, ModelRef, SlotCounters, SlotStatus, Verdict
@@ -66,6 +70,8 @@ _SAID = {
     "confirmed": "has been watched long enough",
     "unwatched": "can no longer be watched",
     "rolled_back": "is rolled back",
+    "pinned": "is served by an operator's wish",
+    "lost": "cannot be read from this disk any more, and the one before is served",
 }
 
 
@@ -76,26 +82,32 @@ class Surroundings:
     Attributes:
         state: Where its state is kept.
         model_file: Where a verified model lies, and how it is asked; `None` if its release is not known.
-        release: The verified release of a digest.
+        release: The verified release of a model of this slot.
         start_worker: Starts a worker of this slot.
+        start_trial: Starts a process that compares two models.
         stage: Has a model staged.
         cancel: Stops that.
+        look_again: Has the kept metadata verified again.
         report: Takes a line of the audit trail.
         record: Takes what was served.
         throttled: Whether the device is throttling now.
         wall_clock: Seconds since the epoch.
+        rng: For the seeds of the judge's coins.
     """
 
     state: StateStore
-    model_file: Callable[[str], ModelFile | None]
-    release: Callable[[str], Release | None]
-    start_worker: Callable[[ModelFile | None], Child[FromWorker]]
+    model_file: Callable[[ModelRef], ModelFile | None]
+    release: Callable[[ModelRef], Release | None]
+    start_worker: Callable[..., Child[FromWorker]]
+    start_trial: Callable[[TrialAssignment], Child[FromTrial]]
     stage: Callable[[str], None]
     cancel: Callable[[str], None]
+    look_again: Callable[[], None]
     report: Callable[[Event], None]
     record: Callable[[Records], None]
     throttled: Callable[[], bool]
     wall_clock: Callable[[], float]
+    rng: random.Random
 
 
 class Slot:
@@ -105,10 +117,13 @@ class Slot:
         name: Its name.
         settings: Of this slot.
         around: The rest of the daemon.
-        clean: Whether the daemon's last run ended on purpose.
+        state: What it was doing when the daemon last ended.
+        clean: Whether that was on purpose.
     """
 
-    def __init__(self, name: str, settings: SlotSettings, around: Surroundings, *, clean: bool) -> None:
+    def __init__(
+        self, name: str, settings: SlotSettings, around: Surroundings, state: deployment.State, *, clean: bool
+    ) -> None:
         self.name = name
         self._settings = settings
         self._around = around
@@ -126,16 +141,12 @@ class Slot:
         self.workers = Handover(
             around.start_worker, on_records=self._served, on_beat=self._beat, on_death=self._worker_died
         )
-        saved = around.state.load(name)
-        self.state: deployment.State = deployment.initial() if saved is None else deployment.decode(saved)
+        self.state = state
+        self._served_version = state.active.version if state.active else deployment.NO_VERSION
 
     def begin(self, now: float) -> None:
         """Take up what was going on when the daemon last ended."""
         self.feed(deployment.DaemonRestarted(clean=self._clean), now)
-
-    def offer(self, model: ModelRef, now: float) -> None:
-        """A verified release names a model this slot should have."""
-        self.feed(deployment.ReleaseOffered(model), now)
 
     def is_candidate(self, digest: str) -> bool:
         """Whether this model is being staged or tried here."""
@@ -169,9 +180,9 @@ class Slot:
             if self._comparison.ended:
                 self._conclude(self._comparison, now)
 
-    def pinned(self) -> set[str]:
-        """Digests of the models the store must keep."""
-        return set(deployment.pinned(self.state))
+    def needed(self) -> frozenset[ModelRef]:
+        """The models that the store must keep."""
+        return deployment.needed(self.state)
 
     def stop(self, now: float) -> None:
         """End trial and workers; the state stays."""
@@ -184,17 +195,20 @@ class Slot:
         active, serving = self.state.active, self.workers.serving
         return active is not None and serving is not None and serving.digest == active.digest and serving.connected
 
-    def status(self, progress: Mapping[str, float]) -> SlotStatus:
-        """For the status message."""
+    def status(self, progress: Mapping[str, Progress], pinned: int | None) -> SlotStatus:
+        """For the status message; `pinned` is the version that an operator wishes."""
         state = self.state
         candidate = state.candidate if isinstance(state, Staging | Trial) else None
+        transfer = progress.get(candidate.digest) if candidate else None
         return SlotStatus(
             phase=type(state).__name__.lower(),
             ready=self.ready,
             active=state.active,
             previous=state.previous,
             candidate=candidate,
-            progress=progress.get(candidate.digest) if candidate else None,
+            progress=transfer.bytes / max(transfer.total, 1) if transfer else None,
+            transfer=transfer.status() if transfer else None,
+            pinned=pinned,
             verdict=self._verdict,
             refusal=self._refusal,
         )
@@ -238,8 +252,15 @@ class Slot:
                 self._carry_out(action, now)
 
     def _serve_active(self) -> None:
+        """Have the workers serve what the state says; falling back to an older version waits for no battle's end."""
         active = self.state.active
-        self.workers.want(self._around.model_file(active.digest) if active else None)
+        version = active.version if active else deployment.NO_VERSION
+        rises = version >= self._served_version
+        self._served_version = version
+        self.workers.want(
+            self._around.model_file(active) if active else None,
+            at_battle_end=rises and self._settings.swap == BATTLE_END,
+        )
 
     def _carry_out(self, action: deployment.Action, now: float) -> None:
         match action:
@@ -253,6 +274,8 @@ class Slot:
                 self._begin_watch(action, now)
             case EndTrial() | EndWatch():
                 self._end_comparison()
+            case LookAgain():
+                self._around.look_again()
             case Report():
                 self._report(action)
 
@@ -276,35 +299,49 @@ class Slot:
         )
 
     def _begin_trial(self, active: ModelRef, candidate: ModelRef, now: float) -> None:
-        if self._around.release(active.digest) is None:
-            self.feed(BaselineLost("unavailable", f"the release of version {active.version} is damaged"), now)
-            return
-        seed = secrets.randbits(32)
+        for model in (active, candidate):
+            if self._around.release(model) is None:
+                text = f"what is known of version {model.version} is damaged"
+                self.feed(ModelLost(model.digest, text), now)
+                return
+        seed = self._around.rng.getrandbits(32)
         judge = TrialJudge(JudgeSettings(max_pairs=self._settings.trial_max_pairs), seed)
         child = self._start_trial(active, candidate, seed, interval_s=0.0)
         if child is None:
             self.feed(TrialInconclusive(judge.verdict()), now)
             return
         self._comparison = Comparison(
-            child, judge, limit_s=self._settings.trial_seconds, throttled=self._around.throttled, now=now
+            child,
+            judge,
+            old=active.digest,
+            new=candidate.digest,
+            limit_s=self._settings.trial_seconds,
+            throttled=self._around.throttled,
+            now=now,
         )
 
     def _begin_watch(self, watch: BeginWatch, now: float) -> None:
-        seed = secrets.randbits(32)
+        seed = self._around.rng.getrandbits(32)
         judge = WatchJudge(JudgeSettings(), watch.ratio, seed)
         child = self._start_trial(watch.previous, watch.active, seed, interval_s=self._settings.watch_interval_s)
         if child is None:
             self.feed(BaselineLost("unavailable", "what is known of it is lost, or no process can be started"), now)
             return
         self._comparison = Comparison(
-            child, judge, limit_s=self._settings.watch_seconds, throttled=self._around.throttled, now=now
+            child,
+            judge,
+            old=watch.previous.digest,
+            new=watch.active.digest,
+            limit_s=self._settings.watch_seconds,
+            throttled=self._around.throttled,
+            now=now,
         )
 
     def _start_trial(self, old: ModelRef, new: ModelRef, seed: int, interval_s: float) -> Child[FromTrial] | None:
         """Run two models side by side; `None` if what was known of one is lost, or no process can be started."""
         self._end_comparison()
-        old_release, new_release = self._around.release(old.digest), self._around.release(new.digest)
-        old_file, new_file = self._around.model_file(old.digest), self._around.model_file(new.digest)
+        old_release, new_release = self._around.release(old), self._around.release(new)
+        old_file, new_file = self._around.model_file(old), self._around.model_file(new)
         if old_release is None or new_release is None or old_file is None or new_file is None:
             log.error(
                 "%s: the release of version %d or %d is damaged: no comparison", self.name, old.version, new.version
@@ -331,7 +368,7 @@ class Slot:
             new_inputs=new_inputs,
         )
         try:
-            return children.start("trial", assignment, FromTrial, f"trial of {self.name}")
+            return self._around.start_trial(assignment)
         except Unavailable as error:
             log.error("%s", error)
             return None
@@ -356,9 +393,12 @@ class Slot:
         state = self.state
         watching = isinstance(state, Watch)
         if comparison.failure is not None:
-            self.feed(TrialFailed(*comparison.failure), now)
+            reason, text = comparison.failure
+            self.feed(ModelLost(comparison.new, text) if reason in LOST_MODEL else TrialFailed(reason, text), now)
         elif comparison.baseline_failure is not None:
-            self.feed(BaselineLost(*comparison.baseline_failure), now)
+            reason, text = comparison.baseline_failure
+            lost = reason in LOST_MODEL and not watching
+            self.feed(ModelLost(comparison.old, text) if lost else BaselineLost(reason, text), now)
         elif comparison.died:
             self.feed(TrialDied(), now)
         elif watching:
@@ -377,19 +417,20 @@ class Slot:
         self._errors.update(beat.errors)
         self._latencies.merge(beat.latency_us_histogram)
 
-    def _worker_died(self, digest: str | None, how: str, now: float) -> None:
+    def _worker_died(self, death: Death, now: float) -> None:
         self._around.report(
             Event(
                 at=self._around.wall_clock(),
                 kind="worker_died",
                 slot=self.name,
-                model=digest or "",
+                model=death.digest or "",
                 reason="worker_died",
-                text=f"a worker of {self.name} ended: {how}",
+                text=f"a worker of {self.name} ended: {death.how}",
             )
         )
-        if digest is not None:
-            self.feed(WorkerDied(digest), now)
+        if death.digest is not None:
+            lost = death.model_lost
+            self.feed(ModelLost(death.digest, death.how) if lost else WorkerDied(death.digest), now)
 
 
 def _trial_ended(verdict: Verdict) -> deployment.Event:

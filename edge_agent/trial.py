@@ -8,7 +8,6 @@ its share of a core.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import select
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from edge_agent import runtime
+from edge_agent import limits, runtime
 from edge_agent.channel import Channel
 from edge_agent.children import (
     BaselineFailed,
@@ -36,7 +35,7 @@ from edge_agent.children import (
 from edge_agent.judge import coin
 from edge_agent.model_store import ModelStore
 from protocol import service
-from protocol.errors import EdgeswapError, Rejected
+from protocol.errors import EdgeswapError, Rejected, Unavailable
 
 log = logging.getLogger("edge_agent.trial")
 
@@ -67,10 +66,16 @@ class Trial:
         self._channel = channel
         self._old = _load(assignment.old, assignment.threads)
         before = psutil.Process().memory_info().rss
+        if assignment.memory_bytes:
+            limits.limit_memory(assignment.memory_bytes)
         try:
             self._new = _load(assignment.new, assignment.threads)
         except Rejected as error:
             raise CandidateBroken(error.code, error.text) from error
+        except MemoryError as error:
+            raise CandidateBroken("out_of_memory", "there is no memory for the new model's file") from error
+        except Unavailable as error:
+            raise CandidateBroken("unavailable", str(error)) from error
         self._memory_bytes = psutil.Process().memory_info().rss - before
         self._coin = coin(assignment.seed)
         self._pick = random.Random(assignment.seed + 1)
@@ -152,7 +157,7 @@ def main() -> int:
     """The trial's process."""
     service.set_up_logging()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(10)
+    limits.yield_to_others()
     channel = inherited_channel(sys.argv[1:], ToTrial)
     assignment = first_message(channel)
     if assignment is None:

@@ -239,6 +239,24 @@ class ModelRef(Struct, frozen=True, kw_only=True):
     version: int
 
 
+class TransferStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far the transfer of a slot's candidate has come.
+
+    Attributes:
+        bytes: That are here.
+        total: That the model has; 0 before its transfer has begun.
+        rate_bytes_s: Bytes per second, lately.
+        seconds_left: At that rate; `None` while nothing comes.
+        waiting: Why nothing comes, and what it waits for; empty while something does.
+    """
+
+    bytes: int
+    total: int
+    rate_bytes_s: int = 0
+    seconds_left: float | None = None
+    waiting: str = ""
+
+
 class SlotStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One slot in `fleet/v1/<device>/status`.
 
@@ -249,6 +267,8 @@ class SlotStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
         previous: What it would roll back to.
         candidate: What it is staging or trying.
         progress: Share of the candidate's bytes that are here, 0 to 1.
+        transfer: More of its transfer.
+        pinned: The version that an operator's signed wish demands.
         verdict: The last one.
         refusal: Why the last refused candidate was refused.
     """
@@ -259,6 +279,8 @@ class SlotStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     previous: ModelRef | None = None
     candidate: ModelRef | None = None
     progress: float | None = None
+    transfer: TransferStatus | None = None
+    pinned: int | None = None
     verdict: Verdict | None = None
     refusal: str | None = None
 
@@ -319,7 +341,8 @@ class ChunkRequest(Struct, frozen=True, kw_only=True):
     Attributes:
         device: Who asks.
         model: SHA-256 of the model.
-        wanted: A bitmap, chunk 0 in the lowest bit of byte 0. Empty asks for the manifest.
+        wanted: A bitmap, chunk 0 in the lowest bit of byte 0. Empty asks for the manifest. Without any bit set it
+            says that the device wants nothing more of the model, so nobody need wait for it.
     """
 
     device: str

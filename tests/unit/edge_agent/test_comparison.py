@@ -48,6 +48,8 @@ class Scene:
         self.comparison = Comparison(
             self.child,
             judge or TrialJudge(JudgeSettings(), 7),
+            old="old",
+            new="new",
             limit_s=limit_s,
             throttled=lambda: self.hot,
             now=0.0,

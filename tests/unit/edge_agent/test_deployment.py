@@ -20,10 +20,13 @@ from edge_agent.deployment import (
     EndTrial,
     EndWatch,
     Event,
+    LookAgain,
+    ModelLost,
     ModelRefused,
     ModelStaged,
     Refusal,
     ReleaseOffered,
+    ReleasePinned,
     Report,
     Row,
     Serving,
@@ -41,6 +44,7 @@ from edge_agent.deployment import (
     TrialPassed,
     TrialRegressed,
     UnexpectedEvent,
+    VersionWithdrawn,
     Watch,
     WatchAlarmed,
     WatchQuieted,
@@ -49,10 +53,12 @@ from edge_agent.deployment import (
     encode,
     indexed,
     initial,
-    pinned,
+    needed,
+    recovered,
     step,
 )
 from protocol.errors import Misconfigured
+from protocol.messages import Event as AuditEvent
 from protocol.messages import ModelRef, Verdict
 
 
@@ -114,7 +120,7 @@ def rolled_back(reason: str, text: str = "", verdict: Verdict | None = None) -> 
     return EndWatch(), Report("rolled_back", M3, reason, text, verdict)
 
 
-KILLED_STAGER = "it killed the stager twice"
+KILLED_STAGER = "it killed the stager twice: by SIGKILL"
 KILLED_TRIAL = "its trial died twice, by itself or with the daemon"
 KILLED_WORKER = "its worker, its watch or the daemon died twice"
 
@@ -123,7 +129,7 @@ EVENTS: tuple[Event, ...] = (
     ModelStaged("d3"),
     ModelRefused("d3", "bad_model", "why"),
     StagingPostponed("d3", "no_space", "why"),
-    StagerDied("d3"),
+    StagerDied("d3", "by SIGKILL"),
     TrialPassed(verdict()),
     TrialRegressed(SLOWER),
     TrialInconclusive(UNSURE),
@@ -135,6 +141,9 @@ EVENTS: tuple[Event, ...] = (
     WatchQuieted(),
     DaemonRestarted(clean=True),
     DaemonRestarted(clean=False),
+    ReleasePinned(M4, "by me"),
+    VersionWithdrawn(3, "why"),
+    ModelLost("d3", "why"),
 )
 
 
@@ -153,7 +162,7 @@ EXPECTED: dict[tuple[type[State], str], Step] = {
     at(STAGING, StagingPostponed("d3", "no_space", "why")): Step(
         SERVING, (Report("postponed", M3, "no_space", "why"),)
     ),
-    at(STAGING, StagerDied("d3")): Step(msgspec.structs.replace(STAGING, deaths=1), (Stage(M3),)),
+    at(STAGING, StagerDied("d3", "by SIGKILL")): Step(msgspec.structs.replace(STAGING, deaths=1), (Stage(M3),)),
     at(STAGING, DaemonRestarted(clean=True)): Step(STAGING, (Stage(M3),)),
     at(STAGING, DaemonRestarted(clean=False)): Step(STAGING, (Stage(M3),)),
     at(TRIAL, ReleaseOffered(M4)): Step(OFFERED, (EndTrial(), Report("superseded", M3), Stage(M4))),
@@ -182,6 +191,25 @@ EXPECTED: dict[tuple[type[State], str], Step] = {
     at(WATCH, DaemonRestarted(clean=False)): Step(msgspec.structs.replace(WATCH, deaths=1), (BEGIN_WATCH,)),
 }
 
+PINNED = msgspec.structs.replace(OFFERED, pinned="by me")
+WITHDRAWN = Serving(active=M2, previous=M1, newest=3, refused=(refusal(M3, "withdrawn"),))
+LOST = Report("lost", M3, "corrupt_model", "why")
+
+# What an operator wishes, and what the disk does.
+EXPECTED |= {
+    at(SERVING, ReleasePinned(M4, "by me")): Step(PINNED, (Stage(M4),)),
+    at(STAGING, ReleasePinned(M4, "by me")): Step(PINNED, (StopStaging(M3), Report("superseded", M3), Stage(M4))),
+    at(TRIAL, ReleasePinned(M4, "by me")): Step(PINNED, (EndTrial(), Report("superseded", M3), Stage(M4))),
+    at(WATCH, ReleasePinned(M4, "by me")): Step(
+        Staging(active=M3, previous=M2, newest=3, candidate=M4, pinned="by me"), (EndWatch(), Stage(M4))
+    ),
+    at(STAGING, VersionWithdrawn(3, "why")): Step(WITHDRAWN, (StopStaging(M3), refused("withdrawn", "why"))),
+    at(TRIAL, VersionWithdrawn(3, "why")): Step(WITHDRAWN, (EndTrial(), refused("withdrawn", "why"))),
+    at(WATCH, VersionWithdrawn(3, "why")): Step(back("withdrawn"), rolled_back("withdrawn", "why")),
+    at(TRIAL, ModelLost("d3", "why")): Step(STAGING, (EndTrial(), Stage(M3))),
+    at(WATCH, ModelLost("d3", "why")): Step(Serving(active=M2, newest=2), (EndWatch(), LOST, LookAgain())),
+}
+
 
 def test_the_examples_are_all_states_and_all_events() -> None:
     assert {type(state) for state in STATES} == set(get_args(State))
@@ -203,7 +231,7 @@ def test_a_pair_that_no_row_lists_is_our_bug(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("state", "event", "text"),
     [
-        (STAGING, StagerDied("d3"), KILLED_STAGER),
+        (STAGING, StagerDied("d3", "by SIGKILL"), KILLED_STAGER),
         (TRIAL, TrialDied(), KILLED_TRIAL),
         (TRIAL, DaemonRestarted(clean=False), KILLED_TRIAL),
     ],
@@ -288,10 +316,137 @@ def test_the_refusal_list_keeps_the_newest() -> None:
 
 
 def test_what_the_store_must_keep() -> None:
-    assert pinned(initial()) == set()
-    assert pinned(SERVING) == {"d1", "d2"}
-    assert pinned(STAGING) == pinned(TRIAL) == {"d1", "d2", "d3"}
-    assert pinned(WATCH) == {"d2", "d3"}
+    assert needed(initial()) == set()
+    assert needed(SERVING) == {M1, M2}
+    assert needed(STAGING) == needed(TRIAL) == {M1, M2, M3}
+    assert needed(WATCH) == {M2, M3}
+
+
+# An operator's wishes.
+
+
+@pytest.mark.parametrize("state", [SERVING, msgspec.structs.replace(WATCH, active=M2, previous=M1)], ids=repr)
+def test_a_pin_of_what_is_served_changes_nothing(state: State) -> None:
+    assert step(state, ReleasePinned(M2, "by me")) == Step(state)
+
+
+@pytest.mark.parametrize(("state", "ends"), [(STAGING, StopStaging(M3)), (TRIAL, EndTrial())], ids=repr)
+def test_a_pin_of_what_is_served_ends_what_is_under_way(state: State, ends: Action) -> None:
+    assert step(state, ReleasePinned(M2, "by me")) == Step(SERVING, (ends, Report("superseded", M3)))
+
+
+@pytest.mark.parametrize(
+    ("state", "ends"),
+    [
+        (SERVING, ()),
+        (STAGING, (StopStaging(M3), Report("superseded", M3))),
+        (TRIAL, (EndTrial(), Report("superseded", M3))),
+    ],
+    ids=repr,
+)
+def test_a_pin_of_the_version_before_is_obeyed_at_once(state: State, ends: tuple[Action, ...]) -> None:
+    now_old = Serving(active=M1, previous=M2, newest=1)
+    assert step(state, ReleasePinned(M1, "by me")) == Step(now_old, (*ends, Report("pinned", M1, text="by me")))
+
+
+def test_a_pin_of_the_version_before_ends_a_watch() -> None:
+    assert step(WATCH, ReleasePinned(M2, "by me")) == Step(
+        Serving(active=M2, previous=M3, newest=2), (EndWatch(), Report("pinned", M2, text="by me"))
+    )
+
+
+def test_a_pin_of_what_is_tried_ends_the_trial_with_it() -> None:
+    assert step(TRIAL, ReleasePinned(M3, "by me")) == Step(
+        Serving(active=M3, previous=M2, newest=3), (EndTrial(), Report("pinned", M3, text="by me"))
+    )
+
+
+def test_what_is_pinned_while_it_is_staged_needs_no_trial() -> None:
+    pinned = msgspec.structs.replace(STAGING, pinned="by me")
+    assert step(STAGING, ReleasePinned(M3, "by me")) == Step(pinned)
+    assert step(pinned, ModelStaged("d3")) == Step(
+        Serving(active=M3, previous=M2, newest=3), (Report("staged", M3), Report("pinned", M3, text="by me"))
+    )
+
+
+def test_after_a_pin_newer_versions_are_offered_again() -> None:
+    pinned = step(SERVING, ReleasePinned(M1, "by me")).state
+    assert step(pinned, ReleaseOffered(M2)).actions == (Stage(M2),)
+
+
+@pytest.mark.parametrize(("reason", "obeyed"), [("slower", True), ("withdrawn", True), ("bad_model", False)])
+def test_a_pin_overrules_the_judge_but_not_a_model_that_does_not_work(reason: str, obeyed: bool) -> None:
+    state = Serving(active=M2, newest=3, refused=(refusal(M3, reason),))
+    assert (step(state, ReleasePinned(M3, "by me")).actions == (Stage(M3),)) is obeyed
+
+
+def test_what_is_served_and_withdrawn_gives_way_to_the_one_before() -> None:
+    gone = (refusal(M2, "withdrawn"),)
+    report = Report("rolled_back", M2, "withdrawn", "why")
+    withdrawn = VersionWithdrawn(2, "why")
+    serving = Serving(active=M1, newest=2, refused=gone)
+    assert step(SERVING, withdrawn) == Step(serving, (report,))
+    assert step(serving, VersionWithdrawn(1)) == Step(serving)  # something must be served
+    assert step(STAGING, withdrawn) == Step(Staging(active=M1, newest=2, candidate=M3, refused=gone), (report,))
+    assert step(TRIAL, withdrawn) == Step(
+        Trial(active=M1, newest=2, candidate=M3, refused=gone), (report, BeginTrial(M1, M3))
+    )
+
+
+# What the disk loses.
+
+
+def test_an_active_model_that_is_lost_is_replaced_by_the_one_before_and_offered_again() -> None:
+    lost = ModelLost("d2", "why")
+    report = Report("lost", M2, "corrupt_model", "why")
+    after = Serving(active=M1, newest=1)
+    assert step(SERVING, lost) == Step(after, (report, LookAgain()))
+    assert step(after, ReleaseOffered(M2)).actions == (Stage(M2),)
+    assert step(STAGING, lost) == Step(Staging(active=M1, newest=1, candidate=M3), (report, LookAgain()))
+    assert step(TRIAL, lost) == Step(
+        Trial(active=M1, newest=1, candidate=M3), (report, BeginTrial(M1, M3), LookAgain())
+    )
+
+
+def test_the_only_model_that_is_lost_leaves_nothing_until_it_is_staged_again() -> None:
+    only = Serving(active=M2, newest=2)
+    after = step(only, ModelLost("d2")).state
+    assert after == Serving(newest=1)
+    assert step(after, ReleaseOffered(M2)).actions == (Stage(M2),)
+
+
+def test_a_candidate_is_served_where_the_only_other_model_is_lost() -> None:
+    trial = Trial(active=M2, newest=2, candidate=M3)
+    assert step(trial, ModelLost("d2", "why")) == Step(
+        Serving(active=M3, newest=3),
+        (
+            EndTrial(),
+            Report("lost", M2, "corrupt_model", "why"),
+            Report("committed", M3, "nothing_to_compare", "why"),
+        ),
+    )
+
+
+def audit(kind: str, model: ModelRef, reason: str = "") -> AuditEvent:
+    return AuditEvent(at=0.0, kind=kind, slot="combat", model=model.digest, version=model.version, reason=reason)
+
+
+def test_a_lost_state_is_recovered_from_the_audit_trail() -> None:
+    assert recovered([]) == initial()
+    trail = [
+        AuditEvent(at=0.0, kind="metadata_refused", reason="expired"),
+        audit("staged", M1),
+        audit("committed", M1, "first_model"),
+        audit("committed", M2, "passed"),
+    ]
+    assert recovered(trail) == Serving(active=M2, previous=M1, newest=2)
+    assert recovered([*trail, audit("inconclusive", M3)]) == Serving(active=M2, previous=M1, newest=3)
+    assert recovered([*trail, audit("refused", M3, "slower")]) == SLOW
+    assert recovered([*trail, audit("committed", M3), audit("rolled_back", M3, "slower")]) == Serving(
+        active=M2, newest=3, refused=(refusal(M3, "slower"),)
+    )
+    assert recovered([*trail, audit("pinned", M1)]) == Serving(active=M1, previous=M2, newest=1)
+    assert recovered([*trail, audit("lost", M2)]) == Serving(active=M1, newest=1)
 
 
 def test_a_duplicate_row_is_rejected() -> None:
@@ -445,7 +600,7 @@ def test_chain_of_postponements_and_a_newer_release_in_between() -> None:
             StagerDied("d2"),
             ReleaseOffered(M3),
             StagerDied("d2"),
-            StagerDied("d3"),
+            StagerDied("d3", "by SIGKILL"),
             ModelStaged("d2"),
             ModelStaged("d3"),
             ReleaseOffered(M4),
@@ -556,12 +711,13 @@ class Slot(RuleBasedStateMachine):
             self.trial = self.watch = None
         for action in actions:
             self.carry_out(action)
-        self.compare(before)
+        self.compare(before, event)
 
     def carry_out(self, action: Action) -> None:
         match action:
             case Stage(wanted):
-                assert wanted.version > self.refused.get(wanted.digest, 0), "a refused model is staged again"
+                allowed = wanted.version > self.refused.get(wanted.digest, 0) or self.is_pinned(wanted)
+                assert allowed, "a refused model is staged again"
                 assert self.trial is None
                 assert self.watch is None
             case BeginTrial():
@@ -575,11 +731,18 @@ class Slot(RuleBasedStateMachine):
             case Report(kind="refused" | "rolled_back", model=bad):
                 self.refused[bad.digest] = bad.version
 
-    def compare(self, before: State) -> None:
+    def is_pinned(self, model: ModelRef) -> bool:
+        return isinstance(self.state, Staging) and self.state.candidate == model and bool(self.state.pinned)
+
+    def compare(self, before: State, event: Event) -> None:
+        by_pin = isinstance(event, ReleasePinned) or (isinstance(before, Staging) and before.pinned)
+        if by_pin or isinstance(event, ModelLost):
+            return
         if before.active is not None:
             assert self.state.active is not None, "nothing is served any more"
             if self.state.active.version < before.active.version:
-                assert isinstance(before, Watch), "a version fell without a rollback"
+                by_judge, by_wish = isinstance(before, Watch), isinstance(event, VersionWithdrawn)
+                assert by_judge or by_wish, "a version fell without a rollback"
                 assert self.state.active == before.previous
                 assert before.active.digest in self.refused
         assert self.state.newest >= before.newest
@@ -587,6 +750,21 @@ class Slot(RuleBasedStateMachine):
     @rule(offered=models)
     def offer(self, offered: ModelRef) -> None:
         self.feed(ReleaseOffered(offered))
+
+    @rule(wished=models)
+    def pin(self, wished: ModelRef) -> None:
+        self.feed(ReleasePinned(wished, "by me"))
+
+    @rule(version=st.integers(1, 12))
+    def withdraw(self, version: int) -> None:
+        self.feed(VersionWithdrawn(version))
+
+    @rule(digest=digests)
+    def bytes_are_lost(self, digest: str) -> None:
+        before = self.state
+        self.feed(ModelLost(digest))
+        if before.active is not None and self.state.active is None:
+            assert before.previous is None, "there was another model to serve"
 
     @rule(
         digest=digests,
@@ -661,17 +839,15 @@ class Slot(RuleBasedStateMachine):
     @invariant()
     def the_store_keeps_what_is_named(self) -> None:
         named = [self.state.active, self.state.previous, getattr(self.state, "candidate", None)]
-        assert pinned(self.state) == {each.digest for each in named if each is not None}
+        assert needed(self.state) == {each for each in named if each is not None}
 
     @invariant()
-    def what_was_refused_was_dealt_with(self) -> None:
+    def the_refusal_list_is_bounded(self) -> None:
         assert len(self.state.refused) <= MAX_REFUSALS
-        assert all(each.version <= self.state.newest for each in self.state.refused)
 
     @invariant()
-    def a_candidate_is_not_what_is_served(self) -> None:
-        if isinstance(self.state, Staging | Trial):
-            assert self.state.active is None or self.state.candidate.digest != self.state.active.digest
+    def a_candidate_is_newer_than_what_was_dealt_with(self) -> None:
+        if isinstance(self.state, Trial) or (isinstance(self.state, Staging) and not self.state.pinned):
             assert self.state.candidate.version > self.state.newest
 
 

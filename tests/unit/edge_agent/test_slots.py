@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_agent import children, deployment
+from edge_agent import deployment
 from edge_agent.battles import Served
 from edge_agent.channel import Channel
 from edge_agent.children import (
@@ -18,10 +19,12 @@ from edge_agent.children import (
     Beat,
     CandidateFailed,
     Child,
+    FromTrial,
     FromWorker,
     Joined,
     Leave,
     Loaded,
+    LoadFailed,
     ModelFile,
     RecentInputs,
     Records,
@@ -31,13 +34,14 @@ from edge_agent.children import (
     TrialAssignment,
     TrialReady,
 )
-from edge_agent.deployment import ModelRefused, ModelStaged, StagerDied, StagingPostponed
+from edge_agent.deployment import ModelRefused, ModelStaged, ReleaseOffered, StagerDied, StagingPostponed
 from edge_agent.settings import SlotSettings
 from edge_agent.slots import RECENT_BYTES, RECENT_STATES, SAVE_AGAIN_S, Slot, Surroundings
+from edge_agent.staging import Progress
 from edge_agent.state import StateStore
 from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
-from protocol.messages import Event, ModelRef
+from protocol.messages import Event, ModelRef, TransferStatus
 from protocol.release import Golden, Release, Tensor
 
 GOOD = TimedPairs([(1000, 990)] * 3100)
@@ -119,34 +123,44 @@ class Scene:
     settings: SlotSettings = field(default_factory=SlotSettings)
     clean: bool = True
     now: float = 100.0
-    releases: dict[str, Release] = field(default_factory=dict)
+    releases: dict[ModelRef, Release] = field(default_factory=dict)
     workers: list[Played] = field(default_factory=list)
+    finishing: list[ModelFile | None] = field(default_factory=list)
     trials: list[Played] = field(default_factory=list)
     staged: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    looks: int = 0
     events: list[Event] = field(default_factory=list)
     records: list[Records] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.disk = Disk(self.folder / "state.db")
+        self.disk = Disk(self.folder / "state", ["combat"])
         around = Surroundings(
             state=self.disk,
             model_file=self._model_file,
             release=self.releases.get,
             start_worker=self._start_worker,
+            start_trial=self._start_trial,
             stage=self.staged.append,
             cancel=self.cancelled.append,
+            look_again=self._look_again,
             report=self.events.append,
             record=self.records.append,
             throttled=lambda: False,
             wall_clock=lambda: 5.0,
+            rng=random.Random(1),
         )
-        self.slot = Slot("combat", self.settings, around, clean=self.clean)
+        saved = self.disk.load("combat")
+        state = deployment.initial() if saved is None else deployment.decode(saved)
+        self.slot = Slot("combat", self.settings, around, state, clean=self.clean)
 
-    def _model_file(self, digest: str) -> ModelFile | None:
-        if digest not in self.releases:
+    def _model_file(self, model: ModelRef) -> ModelFile | None:
+        if model not in self.releases:
             return None
-        return ModelFile(digest=digest, version=self.releases[digest].version, folder="", features=FeatureSpec())
+        return ModelFile(digest=model.digest, version=model.version, folder="", features=FeatureSpec())
+
+    def _look_again(self) -> None:
+        self.looks += 1
 
     def _child(self, what: Any, answers: Any, asked: Any, played: list[Played]) -> Child[Any]:
         ours, theirs = socket.socketpair()
@@ -155,12 +169,12 @@ class Scene:
         played.append(Played(what, process, child, Channel(theirs, asked)))
         return child
 
-    def _start_worker(self, model: ModelFile | None) -> Child[FromWorker]:
+    def _start_worker(self, model: ModelFile | None, finishing: ModelFile | None = None) -> Child[FromWorker]:
+        self.finishing.append(finishing)
         return self._child(model, FromWorker, ToWorker, self.workers)
 
-    def start_trial(self, module: str, assignment: TrialAssignment, answers: Any, _name: str) -> Child[Any]:
-        assert module == "trial"
-        return self._child(assignment, answers, ToTrial, self.trials)
+    def _start_trial(self, assignment: TrialAssignment) -> Child[Any]:
+        return self._child(assignment, FromTrial, ToTrial, self.trials)
 
     def tick(self, seconds: float = 0.1) -> None:
         self.now += seconds
@@ -190,8 +204,8 @@ class Scene:
         return worker
 
     def offer(self, version: int, **fields: Any) -> None:
-        self.releases[ref(version).digest] = release(version, **fields)
-        self.slot.offer(ref(version), self.now)
+        self.releases[ref(version)] = release(version, **fields)
+        self.slot.feed(ReleaseOffered(ref(version)), self.now)
 
     def stage(self, version: int, **fields: Any) -> None:
         self.offer(version, **fields)
@@ -206,15 +220,13 @@ class Scene:
         return [event.kind for event in self.events]
 
     def phase(self) -> str:
-        return self.slot.status({}).phase
+        return self.slot.status({}, None).phase
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def make(tmp_path: Path) -> Any:
     def make(**options: Any) -> Scene:
-        scene = Scene(tmp_path, **options)
-        monkeypatch.setattr(children, "start", scene.start_trial)
-        return scene
+        return Scene(tmp_path, **options)
 
     return make
 
@@ -230,7 +242,7 @@ def test_a_new_slot_answers_without_a_model_and_is_not_ready(scene: Scene) -> No
     scene.tick()
     assert scene.workers[0].what is None
     scene.joins()
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.phase, status.ready, status.active) == ("serving", False, None)
 
 
@@ -240,12 +252,13 @@ def test_the_first_model_is_staged_and_served_at_once(scene: Scene) -> None:
     digest = ref(1).digest
     assert scene.staged == [digest]
     assert scene.slot.is_candidate(digest)
-    assert scene.slot.pinned() == {digest}
-    status = scene.slot.status({digest: 0.5})
-    assert (status.phase, status.candidate, status.progress) == ("staging", ref(1), 0.5)
+    assert scene.slot.needed() == {ref(1)}
+    status = scene.slot.status({digest: Progress(digest, 5, 10, 2.0)}, 1)
+    assert (status.phase, status.candidate, status.progress, status.pinned) == ("staging", ref(1), 0.5, 1)
+    assert status.transfer == TransferStatus(bytes=5, total=10, rate_bytes_s=2, seconds_left=2.5)
     scene.slot.feed(ModelStaged(digest), scene.now)
     scene.joins()
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.phase, status.ready, status.active, status.candidate) == ("serving", True, ref(1), None)
     assert scene.kinds() == ["staged", "committed"]
     assert scene.events[-1] == Event(
@@ -266,7 +279,7 @@ def test_a_good_model_is_tried_committed_watched_and_confirmed(make: Any) -> Non
     (trial,) = scene.trials
     assert scene.phase() == "trial"
     assert (trial.what.old.version, trial.what.new.version, trial.what.interval_s) == (1, 2, 0.0)
-    assert scene.slot.status({}).active == ref(1)
+    assert scene.slot.status({}, None).active == ref(1)
     scene.says(trial, GOOD)
     scene.tick()
     assert trial.process.returncode == -9
@@ -274,11 +287,11 @@ def test_a_good_model_is_tried_committed_watched_and_confirmed(make: Any) -> Non
     watch = scene.trials[-1]
     assert (watch.what.old.version, watch.what.new.version, watch.what.interval_s) == (1, 2, 1.0)
     worker = scene.joins()
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.ready, status.active, status.previous) == (True, ref(2), ref(1))
     assert status.verdict is not None
     assert status.verdict.outcome == "commit"
-    assert scene.slot.pinned() == {ref(1).digest, ref(2).digest}
+    assert scene.slot.needed() == {ref(1), ref(2)}
     scene.says(watch, TimedPairs([(1000, 990)]))
     for _ in range(29):
         scene.says(worker, Beat(answered=0, errors={}, latency_us_histogram={}))
@@ -295,7 +308,7 @@ def test_a_slower_model_is_refused_and_the_old_one_never_stopped(scene: Scene) -
     scene.stage(2)
     scene.says(scene.trials[0], SLOWER)
     scene.tick()
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.phase, status.active, status.ready) == ("serving", ref(1), True)
     assert status.refusal is not None
     assert status.refusal.startswith("slower: version 2 is refused")
@@ -315,7 +328,7 @@ def test_a_trial_that_runs_out_of_time_is_inconclusive_and_keeps_the_old_model(m
     scene.tick(9.0)
     assert scene.phase() == "trial"
     scene.tick(2.0)
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.phase, status.active) == ("serving", ref(1))
     assert scene.kinds()[-1] == "inconclusive"
     assert status.verdict is not None
@@ -337,7 +350,7 @@ def test_a_watch_that_alarms_rolls_back(scene: Scene) -> None:
     scene.says(watch, SLOWER)
     scene.tick()
     scene.joins()
-    status = scene.slot.status({})
+    status = scene.slot.status({}, None)
     assert (status.phase, status.active, status.ready) == ("serving", ref(1), True)
     assert (scene.events[-1].kind, scene.events[-1].reason) == ("rolled_back", "slower")
     assert watch.process.returncode == -9
@@ -391,19 +404,18 @@ def test_a_new_model_whose_workers_die_twice_is_rolled_back(scene: Scene) -> Non
     assert scene.kinds()[-3:] == ["worker_died", "worker_died", "rolled_back"]
     assert scene.events[-2].text == "a worker of combat ended: killed by SIGSEGV"
     scene.joins()
-    assert scene.slot.status({}).ready
+    assert scene.slot.status({}, None).ready
 
 
 def test_a_restart_in_staging_goes_on_staging(make: Any) -> None:
     scene = make()
     scene.serving(1)
     scene.offer(2)
-    scene.disk.close()
     again = make(releases=scene.releases, clean=False)
     again.slot.begin(again.now)
     assert again.staged == [ref(2).digest]
     again.joins()
-    assert again.slot.status({}).active == ref(1)
+    assert again.slot.status({}, None).active == ref(1)
 
 
 @pytest.mark.parametrize("clean", [True, False])
@@ -412,55 +424,52 @@ def test_a_restart_in_a_trial_begins_it_anew_and_counts_only_an_unclean_end(make
     scene.serving(1)
     scene.stage(2)
     for _ in range(2):
-        scene.disk.close()
         scene = make(releases=scene.releases, clean=clean)
         scene.slot.begin(scene.now)
     scene.joins()
     assert scene.phase() == ("trial" if clean else "serving")
     assert len(scene.trials) == (1 if clean else 0)
-    assert scene.slot.status({}).active == ref(1)
-    assert scene.slot.status({}).ready
+    assert scene.slot.status({}, None).active == ref(1)
+    assert scene.slot.status({}, None).ready
 
 
 def test_a_restart_in_a_watch_serves_the_new_model_and_watches_on(make: Any) -> None:
     scene = make()
     watched(scene)
-    scene.disk.close()
     again = make(releases=scene.releases)
     again.slot.begin(again.now)
     again.joins()
-    assert (again.phase(), again.slot.status({}).active) == ("watch", ref(2))
+    assert (again.phase(), again.slot.status({}, None).active) == ("watch", ref(2))
     assert len(again.trials) == 1
 
 
 def test_a_restart_whose_old_release_is_damaged_serves_on_without_a_watch(make: Any) -> None:
     scene = make()
     watched(scene)
-    scene.disk.close()
-    del scene.releases[ref(1).digest]
+    del scene.releases[ref(1)]
     again = make(releases=scene.releases)
     again.slot.begin(again.now)
     again.joins()
-    assert (again.phase(), again.slot.status({}).active) == ("serving", ref(2))
+    assert (again.phase(), again.slot.status({}, None).active) == ("serving", ref(2))
     assert again.trials == []
 
 
-def test_a_candidate_whose_release_is_damaged_is_not_tried(make: Any) -> None:
+def test_a_candidate_whose_release_is_damaged_is_staged_again(make: Any) -> None:
     scene = make()
     scene.serving(1)
     scene.stage(2)
-    scene.disk.close()
-    del scene.releases[ref(2).digest]
+    del scene.releases[ref(2)]
     again = make(releases=scene.releases)
     again.slot.begin(again.now)
-    assert again.kinds() == ["inconclusive"]
+    assert again.phase() == "staging"
+    assert again.staged == [ref(2).digest]
 
 
 def test_what_the_stager_says_about_the_candidate_is_dealt_with(scene: Scene) -> None:
     scene.serving(1)
     scene.offer(2)
     scene.slot.feed(ModelRefused(ref(2).digest, "wrong_signature", "shapes differ"), scene.now)
-    assert scene.slot.status({}).refusal == "wrong_signature: version 2 is refused: shapes differ"
+    assert scene.slot.status({}, None).refusal == "wrong_signature: version 2 is refused: shapes differ"
     scene.offer(3)
     scene.slot.feed(StagingPostponed(ref(3).digest, "no_space"), scene.now)
     assert scene.kinds()[-1] == "postponed"
@@ -555,7 +564,7 @@ def test_a_full_disk_stops_progress_and_not_service_and_nothing_that_happened_is
     assert scene.phase() == "trial"
     scene.offer(3)
     scene.tick(SAVE_AGAIN_S)
-    assert (scene.slot.state.active, scene.slot.status({}).ready) == (ref(1), True)
+    assert (scene.slot.state.active, scene.slot.status({}, None).ready) == (ref(1), True)
     assert worker.process.returncode is None
     before = scene.kinds()
     scene.disk.full = False
@@ -569,12 +578,11 @@ def test_a_restart_with_a_full_disk_serves(make: Any) -> None:
     scene = make()
     scene.serving(1)
     scene.stage(2)
-    scene.disk.close()
     again = make(releases=scene.releases, clean=False)
     again.disk.full = True
     again.slot.begin(again.now)
     again.joins()
-    assert again.slot.status({}).ready
+    assert again.slot.status({}, None).ready
     for _ in range(100):
         again.slot.feed(StagerDied(ref(3).digest), again.now)  # however much happens
     assert len(again.slot._undecided) < 100
@@ -610,3 +618,44 @@ def test_stopping_ends_the_trial_asks_the_workers_to_leave_and_keeps_the_state(s
     saved = scene.disk.load("combat")
     assert saved is not None
     assert isinstance(deployment.decode(saved), deployment.Trial)
+
+
+def test_an_active_model_that_rotted_gives_way_to_the_one_before_and_is_fetched_again(make: Any) -> None:
+    scene = make(settings=SlotSettings(watch_seconds=0.0))
+    watched(scene)
+    scene.tick()
+    assert scene.phase() == "serving"
+    scene.ends(scene.workers[-1], -9)
+    scene.tick()
+    rotten = scene.workers[-1]
+    assert rotten.end.send(LoadFailed(reason="corrupt_model", text="its content does not have that digest"))
+    scene.ends(rotten)
+    scene.joins()
+    status = scene.slot.status({}, None)
+    assert (status.active, status.ready) == (ref(1), True)
+    assert scene.kinds()[-3:] == ["worker_died", "worker_died", "lost"]
+    assert scene.looks == 1
+    scene.offer(2)
+    assert scene.staged[-1] == ref(2).digest
+
+
+def test_a_candidate_that_rotted_before_its_trial_is_staged_again_and_not_blamed(scene: Scene) -> None:
+    scene.serving(1)
+    scene.stage(2)
+    assert scene.trials[0].end.send(CandidateFailed(reason="corrupt_model", text="rotten"))
+    scene.ends(scene.trials[0], 0)
+    scene.tick()
+    assert scene.phase() == "staging"
+    assert scene.staged == [ref(1).digest, ref(2).digest, ref(2).digest]
+    assert scene.slot.state.refused == ()
+
+
+@pytest.mark.parametrize(("swap", "finishing"), [("now", None), ("battle-end", 1)])
+def test_a_new_model_waits_for_the_battles_end_where_that_is_wished(make: Any, swap: Any, finishing: Any) -> None:
+    scene = make(settings=SlotSettings(swap=swap))
+    watched(scene)
+    assert [model.version if model else None for model in scene.finishing] == [None, finishing]
+    scene.says(scene.trials[-1], SLOWER)
+    scene.tick()
+    scene.tick()
+    assert (len(scene.finishing), scene.finishing[-1]) == (3, None), "going back waits for nothing"
