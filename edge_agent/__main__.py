@@ -98,10 +98,10 @@ def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
 @app.command
 def history(*, slot: str | None = None, limit: int = 20, config: ConfigFile = None, json: JsonFlag = False) -> int:
     """Show what happened to the models on this device, the newest last."""
-    from edge_agent.state import read_history  # noqa: PLC0415
+    from edge_agent.trail import read_history  # noqa: PLC0415
 
     settings = configuration.load(config)
-    events = read_history(Path(settings.state_dir) / "state.db", limit, slot)
+    events = read_history(Path(settings.state_dir) / "trail.db", limit, slot)
     rows = [
         {
             "when": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.at)),
@@ -114,6 +114,31 @@ def history(*, slot: str | None = None, limit: int = 20, config: ConfigFile = No
     ]
     command_line.show(msgspec.to_builtins(events) if json else rows, title=settings.device, as_json=json)
     return 0
+
+
+@app.command
+def install(
+    file: Annotated[Path, Parameter(help="A bundle, as `trainer-host bundle` makes it.")],
+    *,
+    check: Annotated[bool, Parameter(negative="", help="Only try it, and change nothing on this device.")] = False,
+    config: ConfigFile = None,
+    json: JsonFlag = False,
+) -> int:
+    """Install signed models from a file, without any network, and say what became of them.
+
+    Exit code 1 if something was refused, 3 if it could not be done now: then the daemon tries again.
+    """
+    from edge_agent import installing  # noqa: PLC0415
+
+    settings = configuration.load(config)
+    outcome = installing.check(settings, file) if check else installing.install(settings, file)
+    if json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(outcome)).decode() + "\n")
+    elif outcome.accepted:
+        command_line.show(installing.rows(outcome, checked=check), title=f"{file.name} on {settings.device}")
+    else:
+        sys.stdout.write(f"{file.name} is not accepted: {outcome.text} ({outcome.reason})\n")
+    return installing.exit_code(outcome, checked=check)
 
 
 @app.command

@@ -2,13 +2,16 @@
 
 A damaged file must not stop the daemon. It is renamed to `<name>.corrupt-<n>` (the newest three are kept), a new
 database is created in its place, and `set_aside` says so. Damage that shows only later does the same in the middle of
-a transaction, which then raises `Unavailable`: the next attempt meets the new database.
+a transaction, which then raises `Unavailable`: the next attempt meets the new database. Nor must a disk that is full or
+read-only: then each transaction raises `Unavailable` until one can open the file.
 
 WAL mode: a writer never waits for a reader, and a torn write at a power loss ends in the last whole transaction.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -17,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from protocol.errors import Misconfigured, Unavailable
+
+log = logging.getLogger(__name__)
 
 KEPT_ASIDE = 3
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
@@ -37,14 +42,15 @@ class Database:
         synchronous: `FULL` makes each transaction durable before it returns. `NORMAL` keeps the file whole, but a
             power loss (not a crash) may undo the last transactions.
         fill: Called within the transaction that creates the tables, to put in the first rows.
+        opened: Called with each connection, once the tables are there.
 
     Attributes:
         path: The file.
         set_aside: Where the last damaged file went, or `None`.
 
     Raises:
-        Misconfigured: The file cannot be opened for writing, or a newer version of this program wrote it.
-        Unavailable: The disk is full, or another process holds the file.
+        Misconfigured: The file cannot be opened for writing on a disk that can be written, or a newer version of this
+            program wrote it.
     """
 
     def __init__(
@@ -54,17 +60,23 @@ class Database:
         *,
         synchronous: Literal["NORMAL", "FULL"],
         fill: Callable[[sqlite3.Connection], None] = lambda _: None,
+        opened: Callable[[sqlite3.Connection], None] = lambda _: None,
     ) -> None:
         self.path = path
         self.set_aside: Path | None = None
         self._schema = schema
         self._synchronous = synchronous
         self._fill = fill
+        self._opened = opened
+        self._connection: sqlite3.Connection | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Misconfigured(f"cannot make the folder {path.parent}: {error.strerror}") from error
-        self._connection: sqlite3.Connection | None = self._open_or_replace()
+        try:
+            self._connection = self._open_or_replace()
+        except Unavailable as error:
+            log.error("cannot open a database, trying again when it is needed: %s", error)
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
@@ -143,6 +155,7 @@ class Database:
             if size <= QUICK_CHECK_BYTES:
                 _check(connection)
             self._create(connection)
+            self._opened(connection)
         except BaseException:
             connection.close()
             raise
@@ -186,9 +199,15 @@ def _check(connection: sqlite3.Connection) -> None:
 
 
 def _at_open(path: Path, error: sqlite3.Error) -> Misconfigured | Unavailable:
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FORBIDDEN:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FORBIDDEN and _has_room(path.parent):
         return Misconfigured(f"cannot open {path} for writing: {error}; check its owner and its permissions")
     return Unavailable(f"{path}: {error}")
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether files can be made here, permissions aside: the disk is neither read-only nor full."""
+    found = os.statvfs(folder)
+    return not found.f_flag & os.ST_RDONLY and found.f_bavail > 0
 
 
 def _put_aside(path: Path) -> Path:

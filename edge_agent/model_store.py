@@ -6,50 +6,67 @@
 
 A model is verified each time it is opened, not only when it arrives: cards rot. A chunk is not synced to disk,
 because each is verified again when it is counted or assembled: a torn one costs a fetch, and an fsync each would cost
-minutes. Several processes may use one folder; a file appears whole or not at all.
+minutes. Many processes may read one folder, the stager alone writes; a file appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from edge_agent.durable import disk_errors, remove_leftovers, require_free, sync_folder, write_durably, write_pieces
+from protocol.durable import OS_DISK, Disk, disk_errors, remove_leftovers, require_free, write_durably, write_pieces
 from protocol.errors import Misconfigured, Rejected, Unavailable
 from protocol.release import CHUNK_BYTES, manifest_digests
 from protocol.topics import checked_digest
+
+# How a process that loads models names it that the bytes are not to be had; the model itself is not to blame.
+LOST_MODEL = frozenset({"corrupt_model", "unavailable"})
+
+MODEL_SUFFIX = ".tflite"
 
 
 class ModelStore:
     """A folder of verified models.
 
     Args:
-        folder: Made if missing. Temporary files that a dead process left in it are removed.
-        reserve_bytes: What `put`, `adopt` and `assemble` leave free on the disk.
+        folder: Made if missing.
+        disk: Which it is on.
+        reserve_bytes: What `put` and `assemble` leave free there.
 
     Raises:
         Misconfigured: The folder cannot be made.
     """
 
-    def __init__(self, folder: Path, *, reserve_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, disk: Disk = OS_DISK, *, reserve_bytes: int = 0) -> None:
+        self._disk = disk
         self._models = folder / "models"
         self._chunks = folder / "chunks"
         self._reserve_bytes = reserve_bytes
+        self._within: dict[str, tuple[Path, int]] = {}
+        self._opened: tuple[Path, bytes] | None = None
         for part in (self._models, self._chunks):
             try:
-                part.mkdir(parents=True, exist_ok=True)
-                remove_leftovers(part)
+                disk.make_folder(part)
             except OSError as error:
                 raise Misconfigured(f"cannot use the folder {part}: {error.strerror}") from error
 
     def path(self, digest: str) -> Path:
         """Where the model with this digest is, or would be."""
-        return self._models / f"{checked_digest(digest)}.tflite"
+        return self._models / f"{checked_digest(digest)}{MODEL_SUFFIX}"
 
     def __contains__(self, digest: str) -> bool:
-        return self.path(digest).is_file()
+        return self._disk.is_file(self.path(digest))
+
+    def remove_leftovers(self) -> None:
+        """Remove what a writer that was killed left half-written. For the one process that may write.
+
+        Raises:
+            Unavailable: The disk failed.
+        """
+        for folder in (self._models, self._chunks):
+            with disk_errors(folder, 0, self._disk):
+                remove_leftovers(folder, self._disk)
 
     def put(self, data: bytes) -> str:
         """Store a model durably. Returns its digest.
@@ -59,7 +76,7 @@ class ModelStore:
         """
         digest = hashlib.sha256(data).hexdigest()
         self.require_free(len(data), self._reserve_bytes)
-        write_durably(self.path(digest), data)
+        write_durably(self.path(digest), data, disk=self._disk)
         return digest
 
     def open(self, digest: str) -> bytes:
@@ -70,28 +87,14 @@ class ModelStore:
             Rejected: With code `corrupt_model`; the file is set aside.
         """
         path = self.path(digest)
-        data = _read(path)
+        try:
+            data = self._disk.read(path)
+        except OSError as error:
+            raise Unavailable(f"cannot read {path}: {error.strerror}") from error
         if hashlib.sha256(data).hexdigest() != digest:
-            aside = _put_aside(path)
+            aside = self._put_aside(path)
             raise Rejected("corrupt_model", f"the content of {path} does not have that digest; it is now {aside.name}")
         return data
-
-    def adopt(self, temporary: Path, digest: str) -> Path:
-        """Move a file of this disk into the store, durably, once it is verified. Returns its place.
-
-        Raises:
-            Rejected: With code `corrupt_model`; the file stays where it is.
-            Unavailable: It cannot be read or moved.
-        """
-        target = self.path(digest)
-        with disk_errors(self._models, 0), temporary.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                raise Rejected("corrupt_model", f"{temporary} has the digest {found}, not {digest}")
-            os.fsync(file.fileno())
-            temporary.replace(target)
-            sync_folder(self._models)
-        return target
 
     def put_chunk(self, data: bytes, expected: str | None = None) -> str:
         """Keep a chunk. Returns its digest.
@@ -105,12 +108,31 @@ class ModelStore:
         digest = hashlib.sha256(data).hexdigest()
         if expected is not None and digest != expected:
             raise Rejected("corrupt_chunk", f"a chunk has the digest {digest}, not {expected}")
-        write_durably(self._chunk_path(digest), data, sync=False)
+        write_durably(self._chunk_path(digest), data, sync=False, disk=self._disk)
         return digest
+
+    def index_models(self, wanted: Collection[str]) -> None:
+        """Find chunks in the models that are here, so that they count as here too until the process ends.
+
+        They are not copied: `chunk` and `assemble` take them from where they are. A fine-tuned model shares the layers
+        that were frozen with the one it was made of, at the same places.
+
+        Args:
+            wanted: Digests of the chunks to look for, e.g. all of a manifest.
+        """
+        sought = {digest for digest in wanted if self._chunk(digest) is None}
+        models = sorted(self._disk.names(self._models)) if sought else []
+        for path in (self._models / name for name in models if name.endswith(MODEL_SUFFIX)):
+            data = self._content(path)
+            for start in range(0, len(data), CHUNK_BYTES):
+                digest = hashlib.sha256(data[start : start + CHUNK_BYTES]).hexdigest()
+                if digest in sought:
+                    self._within.setdefault(digest, (path, start))
+        self._opened = None
 
     def has_chunk(self, digest: str) -> bool:
         """Whether the chunk is here and whole; a damaged one is removed."""
-        return self._chunk(digest) is not None
+        return digest in self._within or self._chunk(digest) is not None
 
     def chunk(self, digest: str) -> bytes:
         """A chunk's bytes, verified.
@@ -137,18 +159,23 @@ class ModelStore:
         """
         target = self.path(digest)
         self.require_free(length, self._reserve_bytes)
-        write_pieces(target, self._joined(chunks, digest, length), length)
+        try:
+            write_pieces(target, self._joined(chunks, digest, length), length, disk=self._disk)
+        finally:
+            self._opened = None
         return target
 
     def collect(self, pinned: Collection[str], manifests: Collection[str] = ()) -> int:
         """Remove every model that is not pinned, and every chunk that is neither one of `manifests` nor listed by one.
+
+        Not while a stager writes here.
 
         Args:
             pinned: Digests of models.
             manifests: Digests of the manifests of models on their way here.
 
         Returns:
-            How many files were removed, those set aside among them.
+            How many files were removed, leftovers and those set aside among them.
 
         Raises:
             Unavailable: The disk failed.
@@ -160,13 +187,12 @@ class ModelStore:
             chunks.update(manifest_digests(listed) if listed else ())
         removed = 0
         for folder, kept in ((self._models, models), (self._chunks, chunks)):
-            with disk_errors(folder, 0):
-                remove_leftovers(folder)
-                # A name that begins with a dot is being written by another process.
-                for path in [path for path in folder.iterdir() if path.name not in kept and path.name[0] != "."]:
-                    path.unlink(missing_ok=True)
-                    removed += 1
-                sync_folder(folder)
+            with disk_errors(folder, 0, self._disk):
+                surplus = [name for name in self._disk.names(folder) if name not in kept]
+                for name in surplus:
+                    self._disk.remove(folder / name)
+                self._disk.sync_folder(folder)
+            removed += len(surplus)
         return removed
 
     def require_free(self, needed_bytes: int, reserve_bytes: int) -> None:
@@ -175,7 +201,8 @@ class ModelStore:
         Raises:
             Unavailable: They do not; the text has the figures.
         """
-        require_free(self._models, needed_bytes, reserve_bytes)
+        with disk_errors(self._models, needed_bytes, self._disk):
+            require_free(self._models, needed_bytes, reserve_bytes, self._disk)
 
     def _joined(self, chunks: Sequence[str], digest: str, length: int) -> Iterator[bytes]:
         found = hashlib.sha256()
@@ -197,26 +224,37 @@ class ModelStore:
     def _chunk(self, digest: str) -> bytes | None:
         path = self._chunk_path(digest)
         try:
-            data = path.read_bytes()
+            data = self._disk.read(path)
         except OSError:
-            return None
+            return self._chunk_within(digest)
         if hashlib.sha256(data).hexdigest() == digest:
             return data
-        path.unlink(missing_ok=True)
-        return None
+        with disk_errors(path.parent, 0, self._disk):
+            self._disk.remove(path)
+        return self._chunk_within(digest)
 
+    def _chunk_within(self, digest: str) -> bytes | None:
+        """A chunk of an indexed model, if it still is that chunk."""
+        if digest not in self._within:
+            return None
+        path, start = self._within[digest]
+        data = self._content(path)[start : start + CHUNK_BYTES]
+        return data if hashlib.sha256(data).hexdigest() == digest else None
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+    def _content(self, path: Path) -> bytes:
+        """A model's bytes, unverified; none where it cannot be read. Those of the last one are kept in memory."""
+        if self._opened is None or self._opened[0] != path:
+            self._opened = None  # one at a time
+            try:
+                self._opened = (path, self._disk.read(path))
+            except OSError:
+                return b""
+        return self._opened[1]
 
-
-def _put_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-        number += 1
-    with disk_errors(path.parent, 0):
-        path.replace(aside)
-    return aside
+    def _put_aside(self, path: Path) -> Path:
+        number = 1
+        while self._disk.is_file(aside := path.with_name(f"{path.name}.corrupt-{number}")):
+            number += 1
+        with disk_errors(path.parent, 0, self._disk):
+            self._disk.rename(path, aside)
+        return aside

@@ -71,8 +71,8 @@ class Outbox:
             across restarts, in the same transaction as the loss.
 
     Raises:
-        Misconfigured: The file cannot be opened for writing.
-        Unavailable: The disk is full.
+        Misconfigured: The file cannot be opened for writing, and a person must change that. While the disk is full,
+            there is no outbox yet, and its methods raise `Unavailable`.
     """
 
     def __init__(
@@ -96,9 +96,7 @@ class Outbox:
         self._cursor = 0  # highest number that a batch of the present window speaks for
         self._sent = 0  # highest number that any batch since the opening spoke for
         self._unacknowledged: deque[int] = deque()
-        self._database = Database(path, _SCHEMA, synchronous="NORMAL", fill=self._begin_epoch)
-        with self._database.transaction() as connection:
-            self._load(connection)
+        self._database = Database(path, _SCHEMA, synchronous="NORMAL", fill=self._begin_epoch, opened=self._load)
 
     @property
     def set_aside(self) -> Path | None:
@@ -142,8 +140,9 @@ class Outbox:
         """
         if len(self._unacknowledged) >= self._window:
             return None
-        first, last, transitions, damaged = self._cursor + 1, self._cursor, [], []
+        transitions, damaged = [], []
         with self._database.transaction() as connection:
+            first, last = self._cursor + 1, self._cursor
             for last, blob in self._following(connection):
                 try:
                     transitions.append(_decoder.decode(blob))
@@ -190,7 +189,6 @@ class Outbox:
     def _begin_epoch(self, connection: sqlite3.Connection) -> None:
         """Fill a new database, at first or after a damaged one, whose rows are then lost."""
         connection.execute("INSERT INTO numbers VALUES (?, 0, 0, ?)", (secrets.token_hex(8), self.dropped + self.rows))
-        self._load(connection)
 
     def _load(self, connection: sqlite3.Connection) -> None:
         self.epoch, self._reserved, self.acked, self.dropped = connection.execute(
@@ -202,11 +200,10 @@ class Outbox:
         self.rewind()
 
     def _reserve(self, count: int) -> None:
-        last = self._next + count - 1
-        if last <= self._reserved:
+        if self._next + count - 1 <= self._reserved:
             return
-        reserved = max(last, self._next + BLOCK - 1)
-        with self._database.transaction(durable=True) as connection:
+        with self._database.transaction(durable=True) as connection:  # which may only now have read the numbers
+            reserved = self._next + max(count, BLOCK) - 1
             connection.execute("UPDATE numbers SET reserved = ?", (reserved,))
         self._reserved = reserved
 

@@ -1,30 +1,50 @@
-"""What verified metadata said about the models on this device: they can be served without verifying it again."""
+"""What verified metadata said about the models on this device: they can be served without verifying it again.
+
+One small file per release, `<slot>-<version>.json`: the SHA-256 of the rest, and the release. Cards rot; a file that no
+longer fits its checksum says nothing any more, and the next verified metadata writes it again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
-from edge_agent.durable import disk_errors, write_durably
+from protocol.durable import OS_DISK, Disk, disk_errors, remove_leftovers, write_durably
+from protocol.errors import Unavailable
 from protocol.release import Release
+from protocol.topics import checked_name
 
 log = logging.getLogger(__name__)
 
+Named = tuple[str, int]
+
 
 class Releases:
-    """A folder with one small file per release.
+    """A folder of verified releases, named by slot and version; for the supervisor alone.
 
     Args:
         folder: Made if it is not there.
+        disk: Which it is on.
+
+    Raises:
+        Unavailable: The folder cannot be made.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, disk: Disk = OS_DISK) -> None:
         self._folder = folder
-        self._known: dict[str, Release] = {}
+        self._disk = disk
+        self._known: dict[Named, Release] = {}
+        with disk_errors(folder, 0, disk):
+            if not disk.is_folder(folder):
+                disk.make_folder(folder)
+        try:
+            remove_leftovers(folder, disk)
+        except OSError as error:
+            log.warning("cannot clean %s: %s", folder, error)
 
     def keep(self, release: Release) -> None:
         """Remember a verified release, durably.
@@ -32,29 +52,45 @@ class Releases:
         Raises:
             Unavailable: The disk is full, or failed.
         """
-        if self.get(release.digest) != release:
-            write_durably(self._path(release.digest), msgspec.json.encode(release))
-            self._known[release.digest] = release
+        if self.get(release.slot, release.version) != release:
+            data = msgspec.json.encode(release)
+            checksum = hashlib.sha256(data).hexdigest().encode()
+            write_durably(self._path(release.slot, release.version), checksum + b"\n" + data, disk=self._disk)
+            self._known[release.slot, release.version] = release
 
-    def get(self, digest: str) -> Release | None:
-        """The release of a digest, `None` if it is not known or its file is damaged."""
-        if digest not in self._known and (path := self._path(digest)).exists():
+    def get(self, slot: str, version: int) -> Release | None:
+        """A release, `None` if it is not known or its file is damaged."""
+        name = (slot, version)
+        if name not in self._known:
+            path = self._path(slot, version)
             try:
-                self._known[digest] = msgspec.json.decode(path.read_bytes(), type=Release)
-            except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+                self._known[name] = _checked(self._disk.read(path))
+            except FileNotFoundError:
+                return None
+            except (ValueError, OSError) as error:
                 log.error("cannot read %s: %s", path, error)
-        return self._known.get(digest)
+        return self._known.get(name)
 
-    def collect(self, pinned: Collection[str]) -> None:
+    def collect(self, pinned: Collection[Named]) -> None:
         """Forget all but `pinned`.
 
         Raises:
             Unavailable: The disk failed.
         """
-        with disk_errors(self._folder, 0):
-            for path in [path for path in self._folder.glob("*.json") if path.stem not in pinned]:
-                path.unlink(missing_ok=True)
-                self._known.pop(path.stem, None)
+        kept = {self._path(slot, version).name for slot, version in pinned}
+        with disk_errors(self._folder, 0, self._disk):
+            for name in self._disk.names(self._folder):
+                if name not in kept:
+                    self._disk.remove(self._folder / name)
+        self._known = {name: release for name, release in self._known.items() if name in pinned}
 
-    def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest}.json"
+    def _path(self, slot: str, version: int) -> Path:
+        return self._folder / f"{checked_name(slot, 'slot')}-{version}.json"
+
+
+def _checked(data: bytes) -> Release:
+    """Raises `ValueError`, as all of `msgspec`'s errors are, when it is damaged."""
+    checksum, _, rest = data.partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != checksum:
+        raise ValueError("its content does not have its checksum")
+    return msgspec.json.decode(rest, type=Release)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.state import StateStore
+from edge_agent.trail import Trail
 from protocol import topics
 from protocol.codec import encode
 from protocol.errors import Unavailable
@@ -28,13 +28,13 @@ class Reporting:
 
     Args:
         device: This device's name.
-        state: Where the audit trail is kept.
+        trail: Where events are kept.
         status_file: Where the status is also written, for `edge-agent status` on this machine.
     """
 
-    def __init__(self, device: str, state: StateStore, status_file: Path) -> None:
+    def __init__(self, device: str, trail: Trail, status_file: Path) -> None:
         self._device = device
-        self._state = state
+        self._trail = trail
         self._status_file = status_file
         self._unsent: deque[Event] = deque(maxlen=MAX_UNSENT_EVENTS)
         self._said: Status | None = None
@@ -46,7 +46,7 @@ class Reporting:
         extra = {name: value for name, value in fields.items() if value}
         log.info("%s: %s", event.kind, event.text or event.reason, extra=extra)
         try:
-            self._state.add_event(event)
+            self._trail.add(event)
         except Unavailable as error:
             log.error("the audit trail on this disk misses an event: %s", error)
         self._unsent.append(event)

@@ -1,143 +1,181 @@
-"""What the agent must know after a restart: each slot's state, the audit trail, and whether the last run ended well.
+"""What the agent must know after a restart: each slot's deployment state, and whether the last run ended well.
 
-The database runs with `synchronous=FULL`: the deployment machine acts only after its new state is durable. States are
-bytes here; what they mean is the deployment machine's business. They are few and small, so all are kept in memory
-too, and a database that turns out damaged while the agent runs is filled again.
+Each lies in a pair of small files of fixed size that are written in place, in turn, as U-Boot does with its redundant
+environment: a torn write spoils the older copy and leaves the newer, and writing needs no room, so that a device with a
+full disk can still roll back. A copy is a sequence number, a length and their SHA-256 with the content; the valid copy
+with the higher number counts. What the bytes mean is the deployment machine's business.
+
+    state/slot-<slot>.0, state/slot-<slot>.1    a slot's state
+    state/run.0, state/run.1                    1 while the daemon runs
 """
 
 from __future__ import annotations
 
-import sqlite3
+import hashlib
+import logging
+import struct
+from collections.abc import Collection
 from pathlib import Path
 
-import msgspec
+from protocol.durable import OS_DISK, Disk, disk_errors, remove_leftovers, write_durably
+from protocol.errors import Misconfigured, Unavailable
 
-from edge_agent.database import Database
-from protocol.errors import Unavailable
-from protocol.messages import Event
+log = logging.getLogger(__name__)
 
-MAX_EVENTS = 10_000
+SLOT_BYTES = 16 * 1024
+RUN_BYTES = 512
+COPIES = 2
 
-_SCHEMA = (
-    "CREATE TABLE slots (slot TEXT PRIMARY KEY, state BLOB NOT NULL)",
-    "CREATE TABLE events (number INTEGER PRIMARY KEY AUTOINCREMENT, slot TEXT NOT NULL, blob BLOB NOT NULL)",
-    "CREATE TABLE run (running INTEGER NOT NULL)",
-)
+_NUMBERS = struct.Struct("<QI")
+_DIGEST_BYTES = 32
+_HEADER_BYTES = _DIGEST_BYTES + _NUMBERS.size
+_RUNNING, _STOPPED = b"1", b"0"
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Event)
+
+class Record:
+    """A few bytes that are replaced as a whole, durably, without room.
+
+    Args:
+        path: Names both copies: `.0` and `.1` are appended. The folder exists.
+        size: Of each copy's file, in bytes.
+        disk: Where.
+
+    Attributes:
+        content: What was written last; `None` if nothing was, or nothing valid is left.
+        damaged: There was content, and it is lost.
+    """
+
+    def __init__(self, path: Path, size: int, disk: Disk) -> None:
+        self._size = size
+        self._disk = disk
+        self._copies = [path.with_name(f"{path.name}.{number}") for number in range(COPIES)]
+        found = [self._read(copy) for copy in self._copies]
+        valid = [(sequence, number) for number, (sequence, _, _) in enumerate(found) if sequence]
+        self._sequence, newest = max(valid, default=(0, 0))
+        self._next = 1 - newest if valid else 0
+        self.content = found[newest][1] if valid else None
+        self.damaged = not valid and any(used for _, _, used in found)
+        if self.damaged:
+            self._set_aside()
+        self._prepare()
+
+    def write(self, content: bytes) -> None:
+        """Replace the content, durably before this returns.
+
+        Raises:
+            Unavailable: The disk failed; what was there before still counts.
+            Misconfigured: It is too long.
+        """
+        if _HEADER_BYTES + len(content) > self._size:
+            raise Misconfigured(f"{len(content)} bytes do not fit {self._copies[0]} and its {self._size}")
+        numbers = _NUMBERS.pack(self._sequence + 1, len(content))
+        block = hashlib.sha256(numbers + content).digest() + numbers + content
+        copy = self._copies[self._next]
+        if self._disk.is_file(copy):
+            with disk_errors(copy.parent, 0, self._disk):
+                self._disk.overwrite(copy, block, sync=True)
+        else:
+            write_durably(copy, block.ljust(self._size, b"\0"), disk=self._disk)
+        self._sequence += 1
+        self._next = 1 - self._next
+        self.content = content
+        self.damaged = False
+
+    def _set_aside(self) -> None:
+        """Keep damaged copies for a person to look at."""
+        for copy in filter(self._disk.is_file, self._copies):
+            try:
+                self._disk.rename(copy, copy.with_name(f"{copy.name}.corrupt"))
+            except OSError as error:
+                log.warning("cannot set %s aside: %s", copy, error)
+
+    def _prepare(self) -> None:
+        """Take the room that later writes will need; and the place of a copy of a wrong size, or that cannot be read."""
+        for copy in self._copies:
+            try:
+                if not self._is_whole(copy):
+                    write_durably(copy, bytes(self._size), disk=self._disk)
+            except Unavailable as error:
+                log.warning("cannot reserve room for a state: %s", error)
+
+    def _is_whole(self, copy: Path) -> bool:
+        try:
+            return len(self._disk.read(copy)) == self._size
+        except OSError:
+            return False
+
+    def _read(self, copy: Path) -> tuple[int, bytes, bool]:
+        """Sequence number and content, 0 and nothing if it is not valid; and whether it was ever written."""
+        try:
+            data = self._disk.read(copy)
+        except FileNotFoundError:
+            return 0, b"", False
+        except OSError as error:
+            log.error("cannot read %s: %s", copy, error)
+            return 0, b"", True
+        digest, rest = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if len(rest) >= _NUMBERS.size:
+            sequence, length = _NUMBERS.unpack_from(rest)
+            content = rest[_NUMBERS.size : _NUMBERS.size + length]
+            if hashlib.sha256(rest[: _NUMBERS.size] + content).digest() == digest and sequence:
+                return sequence, content, True
+        return 0, b"", any(data)
 
 
 class StateStore:
-    """The agent's `state.db`, for the supervisor alone. Others read it with `read_history`.
+    """The agent's states, for the supervisor alone.
 
     Args:
-        path: The SQLite file.
-        max_events: How many events the trail keeps.
+        folder: Made if missing.
+        slots: Names of the slots.
+        disk: Where.
+
+    Attributes:
+        lost: Slots whose state was there and is damaged.
 
     Raises:
-        Misconfigured: The file cannot be opened for writing.
-        Unavailable: The disk is full.
+        Unavailable: The disk failed before there was anything to read.
     """
 
-    def __init__(self, path: Path, *, max_events: int = MAX_EVENTS) -> None:
-        assert max_events > 0, "an audit trail keeps something"
-        self._max_events = max_events
-        self._running = False
-        self._states: dict[str, bytes] = {}
-        self._database = Database(path, _SCHEMA, synchronous="FULL", fill=self._fill)
-        with self._database.transaction() as connection:
-            self._states = dict(connection.execute("SELECT slot, state FROM slots"))
-
-    @property
-    def set_aside(self) -> Path | None:
-        """Where the last damaged file went, or `None`."""
-        return self._database.set_aside
+    def __init__(self, folder: Path, slots: Collection[str], disk: Disk = OS_DISK) -> None:
+        with disk_errors(folder, 0, disk):
+            if not disk.is_folder(folder):
+                disk.make_folder(folder)
+        try:
+            remove_leftovers(folder, disk)
+        except OSError as error:
+            log.warning("cannot clean %s: %s", folder, error)
+        self._slots = {slot: Record(folder / f"slot-{slot}", SLOT_BYTES, disk) for slot in slots}
+        self._run = Record(folder / "run", RUN_BYTES, disk)
+        self.lost = tuple(slot for slot, record in self._slots.items() if record.damaged)
 
     def load(self, slot: str) -> bytes | None:
         """A slot's last saved state, or `None`."""
-        return self._states.get(slot)
+        return self._slots[slot].content
 
     def save(self, slot: str, state: bytes) -> None:
         """Replace a slot's state, durably before this returns.
 
         Raises:
-            Unavailable: The disk is full or failed; the state before is still the one that is loaded.
+            Unavailable: The disk failed; the state before is still the one that is loaded.
         """
-        with self._database.transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO slots VALUES (?, ?)", (slot, state))
-        self._states[slot] = state
-
-    def add_event(self, event: Event) -> None:
-        """Add to the audit trail, durably; beyond its bound the oldest event goes.
-
-        Raises:
-            Unavailable: The disk is full or failed.
-        """
-        with self._database.transaction() as connection:
-            added = connection.execute(
-                "INSERT INTO events (slot, blob) VALUES (?, ?)", (event.slot, _encoder.encode(event))
-            ).lastrowid
-            assert added is not None, "an insert has a row number"
-            connection.execute("DELETE FROM events WHERE number <= ?", (added - self._max_events,))
-
-    def history(self, limit: int, slot: str | None = None) -> list[Event]:
-        """The newest `limit` events, of one slot or of all, the oldest of them first.
-
-        Raises:
-            Unavailable: The disk failed.
-        """
-        with self._database.transaction() as connection:
-            return _history(connection, limit, slot)
+        self._slots[slot].write(state)
 
     def mark_running(self) -> bool:
         """Note that a run begins. Returns whether the one before ended with `mark_stopped`, or there was none.
 
-        Raises:
-            Unavailable: The disk is full or failed.
+        Where it cannot be noted, the run's unclean end will not count against a model.
         """
-        with self._database.transaction() as connection:
-            (was_running,) = connection.execute("SELECT running FROM run").fetchone()
-            connection.execute("UPDATE run SET running = 1")
-        self._running = True
+        was_running = self._run.content == _RUNNING
+        self._mark(_RUNNING)
         return not was_running
 
     def mark_stopped(self) -> None:
-        """Note that the run ends as it should.
+        """Note that the run ends as it should."""
+        self._mark(_STOPPED)
 
-        Raises:
-            Unavailable: The disk is full or failed.
-        """
-        with self._database.transaction() as connection:
-            connection.execute("UPDATE run SET running = 0")
-        self._running = False
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
-
-    def _fill(self, connection: sqlite3.Connection) -> None:
-        connection.execute("INSERT INTO run VALUES (?)", (self._running,))
-        connection.executemany("INSERT INTO slots VALUES (?, ?)", self._states.items())
-
-
-def read_history(path: Path, limit: int, slot: str | None = None) -> list[Event]:
-    """As `StateStore.history`, from another process while the agent may be running. Writes nothing.
-
-    Raises:
-        Unavailable: The file is not there, or cannot be read.
-    """
-    try:
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2.0)
+    def _mark(self, content: bytes) -> None:
         try:
-            return _history(connection, limit, slot)
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise Unavailable(f"cannot read {path}: {error}") from error
-
-
-def _history(connection: sqlite3.Connection, limit: int, slot: str | None) -> list[Event]:
-    query = "SELECT blob FROM events WHERE slot = ? OR ? IS NULL ORDER BY number DESC LIMIT ?"
-    found = connection.execute(query, (slot, slot, max(limit, 0)))
-    return [_decoder.decode(blob) for (blob,) in found][::-1]
+            self._run.write(content)
+        except Unavailable as error:
+            log.error("cannot note whether the daemon runs: %s", error)

@@ -42,7 +42,7 @@ class Streaming:
         self.lost_records = 0
         self._held: list[Transition] = []
         self._collect_at = 0.0
-        self._store_at = 0.0
+        self._store_at = self._send_at = 0.0
         self._unanswered_since: float | None = None
 
     def record(self, records: Records, now: float) -> None:
@@ -73,10 +73,12 @@ class Streaming:
         if now >= self._collect_at:
             self._collect_at = now + COLLECT_S
             self._store(self.book.collect(now), now)
-            try:
-                self._send(link, now)
-            except Unavailable as error:
-                log.error("cannot send transitions: %s", error)
+            if now >= self._send_at:
+                try:
+                    self._send(link, now)
+                except Unavailable as error:
+                    log.error("cannot send transitions: %s", error)
+                    self._send_at = now + STORE_AGAIN_S
 
     def close(self, now: float) -> None:
         """Put on disk what is still in memory, and close it."""

@@ -264,8 +264,9 @@ def test_damage_that_cannot_be_set_aside_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "a.db.corrupt-1").mkdir()
     (tmp_path / "a.db.corrupt-2").mkdir()
     (tmp_path / "a.db.corrupt-3").mkdir()
+    database = opened(tmp_path / "a.db")
     with pytest.raises(Unavailable, match="aside"):
-        opened(tmp_path / "a.db")
+        notes(database)
 
 
 def test_few_damaged_files_are_kept(tmp_path: Path) -> None:
@@ -322,7 +323,25 @@ def test_a_file_that_another_process_holds_is_unavailable(tmp_path: Path) -> Non
     assert notes(database) == ["then"]
 
 
-def test_a_full_disk_at_the_opening_is_unavailable(tmp_path: Path) -> None:
-    with full_disk(100), pytest.raises(Unavailable):
-        opened(tmp_path / "a.db")
-    assert notes(opened(tmp_path / "a.db")) == []
+def test_a_full_disk_at_the_opening_stops_nothing_but_this_file(tmp_path: Path) -> None:
+    with full_disk(100):
+        database = opened(tmp_path / "a.db")
+        with pytest.raises(Unavailable):
+            notes(database)
+    assert notes(database) == []
+
+
+def test_each_connection_is_shown_to_the_owner_with_its_tables(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def show(connection: sqlite3.Connection) -> None:
+        seen.append(connection.execute("SELECT count(*) FROM notes").fetchone()[0])
+
+    with full_disk(100):
+        database = Database(tmp_path / "a.db", SCHEMA, synchronous="FULL", opened=show)
+        assert seen == []
+    with database.transaction() as connection:
+        assert seen == [0]
+        connection.execute("INSERT INTO notes VALUES ('a')")
+    Database(tmp_path / "a.db", SCHEMA, synchronous="FULL", opened=show).close()
+    assert seen == [0, 1]

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_agent.state import StateStore
+from edge_agent.trail import Trail
 from protocol.lock import is_running, only_daemon
 from protocol.messages import Event, ModelRef, SlotStatus, Status
 
@@ -95,9 +95,9 @@ def test_without_a_status_or_with_an_old_one_the_daemon_is_not_there(config: Pat
 
 def test_history_shows_what_happened_the_newest_last(config: Path) -> None:
     (config.parent / "state").mkdir()
-    store = StateStore(config.parent / "state" / "state.db")
+    store = Trail(config.parent / "state" / "trail.db")
     for number, slot in enumerate(("combat", "movement", "combat")):
-        store.add_event(
+        store.add(
             Event(at=float(number), kind="staged", slot=slot, model="b" * 64, version=number, text=f"n{number}")
         )
     store.close()
@@ -114,7 +114,7 @@ def test_history_without_a_state_is_exit_code_3(config: Path) -> None:
     done = agent("history", "--config", str(config))
     assert done.returncode == 3
     assert done.stderr.startswith("error: ")
-    assert "state.db" in done.stderr
+    assert "trail.db" in done.stderr
 
 
 @pytest.mark.parametrize(

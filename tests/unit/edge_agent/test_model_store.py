@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import resource
 from pathlib import Path
@@ -66,20 +65,6 @@ def test_a_rotten_model_is_refused_and_set_aside(tmp_path: Path) -> None:
         assert f"models/{digest}.tflite.corrupt-{number}" in files(tmp_path)
     store.put(MODEL)
     assert store.open(digest) == MODEL
-
-
-def test_a_file_is_adopted_once_it_is_verified(tmp_path: Path) -> None:
-    store = ModelStore(tmp_path / "store")
-    dropped = tmp_path / "dropped.tflite"
-    dropped.write_bytes(MODEL)
-    with pytest.raises(Rejected) as caught:
-        store.adopt(dropped, sha(OTHER))
-    assert caught.value.code == "corrupt_model"
-    assert (dropped.exists(), sha(OTHER) in store) == (True, False)
-    assert store.adopt(dropped, sha(MODEL)) == store.path(sha(MODEL))
-    assert (dropped.exists(), store.open(sha(MODEL))) == (False, MODEL)
-    with pytest.raises(Unavailable):
-        store.adopt(dropped, sha(MODEL))
 
 
 def test_chunks_become_the_model(tmp_path: Path) -> None:
@@ -164,15 +149,14 @@ def test_only_what_is_pinned_stays(tmp_path: Path) -> None:
     assert files(tmp_path) == [f"models/{kept}.tflite"]
 
 
-def test_leftovers_go_when_the_store_is_opened_and_others_work_stays(tmp_path: Path) -> None:
+def test_only_the_one_who_writes_removes_leftovers(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
-    ours, others = tmp_path / f"models/.a.{os.getpid()}-1.tmp", tmp_path / "chunks/.b.1-1.tmp"
-    for path in (ours, others):
+    for path in (tmp_path / "models/.a.new", tmp_path / "chunks/.b.new"):
         path.write_bytes(b"half")
     ModelStore(tmp_path)
-    assert files(tmp_path) == ["chunks/.b.1-1.tmp"]
-    assert store.collect(set()) == 0
-    assert files(tmp_path) == ["chunks/.b.1-1.tmp"]
+    assert files(tmp_path) == ["chunks/.b.new", "models/.a.new"]
+    store.remove_leftovers()
+    assert files(tmp_path) == []
 
 
 def test_no_room_is_said_with_figures(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from edge_agent.reporting import MAX_UNSENT_EVENTS, STATUS_S, Reporting
-from edge_agent.state import StateStore
+from edge_agent.trail import Trail
 from protocol.errors import Unavailable
 from protocol.messages import Event, SlotStatus, Status, Telemetry
 
@@ -30,19 +30,19 @@ class Line:
         return [msgspec.json.decode(payload) for topic, payload, _, _ in self.sent if topic == what]
 
 
-class Disk(StateStore):
+class Disk(Trail):
     full = False
 
-    def add_event(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         if self.full:
             raise Unavailable("no space")
-        super().add_event(event)
+        super().add(event)
 
 
 class Scene:
     def __init__(self, folder: Path) -> None:
         self.file = folder / "status.json"
-        self.disk = Disk(folder / "state.db")
+        self.disk = Disk(folder / "trail.db")
         self.reporting = Reporting("pi7", self.disk, self.file)
         self.line: Any = Line()
         self.now = 100.0
@@ -130,7 +130,7 @@ def test_a_connection_lost_between_two_events_loses_none(scene: Scene) -> None:
 
 def test_events_that_wait_are_bounded_and_all_of_them_on_disk(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Event] = []
-    monkeypatch.setattr(scene.disk, "add_event", kept.append)  # a thousand durable writes would take long
+    monkeypatch.setattr(scene.disk, "add", kept.append)  # a thousand durable writes would take long
     scene.line.connected = False
     for number in range(MAX_UNSENT_EVENTS + 5):
         scene.reporting.event(event(number))

@@ -205,7 +205,7 @@ def test_a_disk_that_cannot_be_read_is_no_end(scene: Scene, monkeypatch: pytest.
     with monkeypatch.context() as patched:
         patched.setattr(scene.outbox, "next_batch", failing)
         scene.tick()
-    scene.tick(1.0)
+    scene.tick(5.0)
     assert scene.line.ranges == [(1, 2)]
 
 

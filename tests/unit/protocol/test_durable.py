@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.durable import disk_errors, remove_leftovers, require_free, sync_folder, write_durably, write_pieces
+from protocol.durable import OS_DISK, disk_errors, remove_leftovers, require_free, write_durably, write_pieces
 from protocol.errors import Unavailable
 
 
@@ -59,7 +59,7 @@ def test_a_folder_that_is_gone_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="cannot write"):
         write_durably(tmp_path / "gone" / "model", b"x")
     with disk_errors(tmp_path, 0):
-        sync_folder(tmp_path)
+        OS_DISK.sync_folder(tmp_path)
 
 
 def test_room_is_asked_for_with_figures(tmp_path: Path) -> None:
@@ -73,23 +73,37 @@ def test_room_is_asked_for_with_figures(tmp_path: Path) -> None:
             require_free(tmp_path, needed, reserve)
 
 
-def test_only_files_whose_writer_is_gone_are_leftovers(tmp_path: Path) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    for name in (f".a.{writer.pid}-00ff.tmp", f".a.{os.getpid()}-00ff.tmp", ".a.1-00ff.tmp", ".a.b.tmp", "a.tmp", "a"):
+def test_only_half_written_files_are_leftovers(tmp_path: Path) -> None:
+    for name in (".a.new", ".b.c.new", "a.new", ".a", "a"):
         (tmp_path / name).write_bytes(b"half")
-    assert remove_leftovers(tmp_path) == 1
-    writer.communicate()
-    assert remove_leftovers(tmp_path) == 1
-    assert names(tmp_path) == [".a.1-00ff.tmp", ".a.b.tmp", "a", "a.tmp"]
+    assert remove_leftovers(tmp_path) == 2
+    assert names(tmp_path) == [".a", "a", "a.new"]
+
+
+def test_a_folder_is_made_with_those_above_it_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        OS_DISK.make_folder(tmp_path / "a" / "b" / "c")
+    assert OS_DISK.is_folder(tmp_path / "a" / "b" / "c")
+    with pytest.raises(OSError, match="exists|directory"):
+        (tmp_path / "file").write_bytes(b"")
+        OS_DISK.make_folder(tmp_path / "file")
+
+
+def test_writing_over_a_file_leaves_what_lies_behind(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(b"0123456789")
+    OS_DISK.overwrite(path, b"abc", sync=True)
+    assert path.read_bytes() == b"abc3456789"
+    with pytest.raises(FileNotFoundError):
+        OS_DISK.overwrite(tmp_path / "none", b"abc", sync=False)
 
 
 def test_kill_9_while_writing_leaves_a_leftover_and_no_file(tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom edge_agent.durable import write_pieces\n"
+        "import os, sys\nfrom pathlib import Path\nfrom protocol.durable import write_pieces\n"
         "def pieces():\n    yield b'half'\n    os.kill(os.getpid(), 9)\n"
         "write_pieces(Path(sys.argv[1]) / 'model', pieces(), 8)\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
-    (leftover,) = names(tmp_path)
-    assert leftover.startswith(".model.")
+    assert names(tmp_path) == [".model.new"]
     assert (remove_leftovers(tmp_path), names(tmp_path)) == (1, [])
