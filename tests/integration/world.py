@@ -85,7 +85,7 @@ class World:
         self.transitions: dict[tuple[str, int], Transition] = {}
         self.acknowledging = True
         self.availability = b""
-        self.chunks = ChunkServer(self.repository)
+        self.chunks = ChunkServer(self.repository, gather_s=0.0)
         self.link = Link(
             Broker(port=self.broker.port),
             "test-host",
@@ -113,10 +113,16 @@ class World:
         self.wait(lambda: self.agent is not None and self.agent.poll() is not None, "the agent ends")
         return self.agent.returncode
 
+    def release_model(self, model: bytes, version: int, slot: str = SLOT, *, like: bytes | None = None) -> Release:
+        """Release a model, with the golden vectors of one that it is said to be like."""
+        described = release_of(like or model, version, slot)
+        release = msgspec.structs.replace(described, **identity_of(model))
+        self.repository.release(release, model, datetime.now(UTC))
+        return release
+
     def publish(self, model: bytes, version: int, slot: str = SLOT) -> Release:
         """Release a model, and publish the metadata set."""
-        release = release_of(model, version, slot)
-        self.repository.release(release, model, datetime.now(UTC))
+        release = self.release_model(model, version, slot)
         self.publish_metadata(self.repository.metadata_set())
         return release
 
@@ -155,7 +161,7 @@ class World:
     def turn(self, seconds: float) -> None:
         """One turn of the host."""
         self.link.turn(seconds)
-        while self.link.connected and (publication := self.chunks.next()) is not None:
+        while self.link.connected and (publication := self.chunks.next(time.monotonic())) is not None:
             self.link.publish(publication.topic, publication.payload, qos=1)
 
     def children(self, module: str) -> list[int]:
@@ -178,7 +184,7 @@ class World:
 
     def _heard(self, message: Message) -> None:
         if message.topic == topics.CHUNK_REQUESTS:
-            self.chunks.requested(_requests.decode(message.payload))
+            self.chunks.requested(_requests.decode(message.payload), time.monotonic())
         elif message.topic.startswith("battle/"):
             self.decisions.append(msgspec.json.decode(message.payload, type=Decision))
         else:

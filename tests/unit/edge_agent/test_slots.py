@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from edge_agent import deployment
 from edge_agent.battles import Served
-from edge_agent.channel import Channel
 from edge_agent.children import (
     BaselineFailed,
     Beat,
@@ -43,6 +41,7 @@ from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
 from protocol.messages import Event, ModelRef, TransferStatus
 from protocol.release import Golden, Release, Tensor
+from tests.unit.edge_agent.played import Played, play
 
 GOOD = TimedPairs([(1000, 990)] * 3100)
 SLOWER = TimedPairs([(1000, 2000)] * 60)
@@ -74,34 +73,6 @@ def ref(version: int) -> ModelRef:
 
 def served(features: bytes) -> Served:
     return Served("combat", "b", "", 1, features, 0, False, 1.0, b"", None, False, "1" * 64, 1, 0.0)
-
-
-@dataclass
-class Process:
-    """What `Child` needs of a process."""
-
-    pid: int
-    returncode: int | None = None
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def kill(self) -> None:
-        if self.returncode is None:
-            self.returncode = -9
-
-    def wait(self, _timeout_s: float) -> None:
-        assert self.returncode is not None
-
-
-@dataclass
-class Played:
-    """A child played by the test."""
-
-    what: Any
-    process: Any
-    child: Child[Any]
-    end: Channel[Any]
 
 
 class Disk(StateStore):
@@ -163,11 +134,8 @@ class Scene:
         self.looks += 1
 
     def _child(self, what: Any, answers: Any, asked: Any, played: list[Played]) -> Child[Any]:
-        ours, theirs = socket.socketpair()
-        process: Any = Process(pid=len(played))
-        child: Child[Any] = Child(process, Channel(ours, answers), "child")
-        played.append(Played(what, process, child, Channel(theirs, asked)))
-        return child
+        played.append(play(what, answers, asked, len(played)))
+        return played[-1].child
 
     def _start_worker(self, model: ModelFile | None, finishing: ModelFile | None = None) -> Child[FromWorker]:
         self.finishing.append(finishing)
@@ -186,8 +154,7 @@ class Scene:
         assert self.slot.receive(played.child, self.now)
 
     def ends(self, played: Played, code: int = 1) -> None:
-        played.process.returncode = code
-        played.end.close()
+        played.ends(code)
         while not played.child.channel.closed:
             assert self.slot.receive(played.child, self.now)
 
