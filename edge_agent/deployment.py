@@ -675,15 +675,6 @@ OF_TRIAL = (TrialPassed, TrialRegressed, TrialInconclusive)
 OF_WATCH = (WatchAlarmed, WatchQuieted)
 OF_EITHER = (TrialFailed, TrialDied, BaselineLost)
 
-STATES: tuple[type[State], ...] = (Serving, Staging, Trial, Watch)
-
-# What means the same in every state.
-IN_EVERY_STATE: tuple[tuple[type[Event], tuple[type[State], ...], Callable[..., Step], Callable[..., bool]], ...] = (
-    (ReleasePinned, (Serving, Staging, Watch), obey_pin, works),
-    (VersionWithdrawn, (Serving, Staging, Trial), withdraw, is_concerned),
-    (ModelLost, (Serving, Staging, Trial), replace_lost, is_needed),
-)
-
 # What is late, or does not concern the state.
 WITHOUT_EFFECT: tuple[tuple[type[State], tuple[type[Event], ...]], ...] = (
     (Serving, (*OF_STAGER, *OF_TRIAL, *OF_WATCH, *OF_EITHER, WorkerDied, DaemonRestarted)),
@@ -716,7 +707,18 @@ ROWS: tuple[Row[Any, Any], ...] = (
     Row(Watch, BaselineLost, (Serving,), end_unwatched),
     Row(Watch, DaemonRestarted, (Watch, Serving), restart_watch),
     Row(Watch, ReleaseOffered, (Staging,), stage_after_watch, newer),
-    *(Row(state, event, goes_to, do, when) for event, goes_to, do, when in IN_EVERY_STATE for state in STATES),
+    Row(Serving, ReleasePinned, (Serving, Staging), obey_pin, works),
+    Row(Staging, ReleasePinned, (Serving, Staging), obey_pin, works),
+    Row(Trial, ReleasePinned, (Serving, Staging), obey_pin, works),
+    Row(Watch, ReleasePinned, (Watch, Serving, Staging), obey_pin, works),
+    Row(Serving, VersionWithdrawn, (Serving,), withdraw, is_concerned),
+    Row(Staging, VersionWithdrawn, (Staging, Serving), withdraw, is_concerned),
+    Row(Trial, VersionWithdrawn, (Trial, Serving), withdraw, is_concerned),
+    Row(Watch, VersionWithdrawn, (Serving,), withdraw, is_concerned),
+    Row(Serving, ModelLost, (Serving,), replace_lost, is_needed),
+    Row(Staging, ModelLost, (Staging,), replace_lost, is_needed),
+    Row(Trial, ModelLost, (Trial, Staging, Serving), replace_lost, is_needed),
+    Row(Watch, ModelLost, (Serving,), replace_lost, is_needed),
     *(Row(state, event, (state,), stay) for state, events in WITHOUT_EFFECT for event in events),
 )
 

@@ -1,10 +1,11 @@
-"""One daemon on one state folder: a lock that the system gives back whatever ends the process.
+"""One process of a kind on one state folder: a lock that the system gives back whatever ends the process.
 
 Whoever asks whether a daemon is running holds the lock for a moment, so a daemon tries more than once.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -14,17 +15,18 @@ from pathlib import Path
 
 from protocol.errors import Misconfigured, Unavailable
 
-ATTEMPTS = 5
+WAIT_S = 0.25
 RETRY_S = 0.05
 
 
 @contextmanager
-def only_daemon(state_dir: Path, program: str) -> Iterator[None]:
+def only_daemon(state_dir: Path, program: str, *, wait_s: float = WAIT_S) -> Iterator[None]:
     """Claim the state folder while the block lasts.
 
     Args:
         state_dir: It is made where it is missing.
         program: Whose daemon claims it.
+        wait_s: How long to wait for another that is ending.
 
     Raises:
         Unavailable: Another daemon of the program has it.
@@ -32,11 +34,11 @@ def only_daemon(state_dir: Path, program: str) -> Iterator[None]:
     """
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_file(state_dir, program), os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = _opened(lock_file(state_dir, program))
     except OSError as error:
         raise Misconfigured(f"cannot write to {state_dir}: {error.strerror}") from error
     try:
-        if not _taken_in_time(descriptor):
+        if not _taken_in_time(descriptor, wait_s):
             raise Unavailable(f"another {program} is running on {state_dir}")
         yield
     finally:
@@ -60,12 +62,23 @@ def lock_file(state_dir: Path, program: str) -> Path:
     return state_dir / f"{program}.lock"
 
 
-def _taken_in_time(descriptor: int) -> bool:
-    for _ in range(ATTEMPTS - 1):
-        if _taken(descriptor):
-            return True
+def _opened(path: Path) -> int:
+    """The lock's file, made if need be; on a disk that went read-only it is there already, and reading is enough."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.ENOSPC):
+            raise
+        return os.open(path, os.O_RDONLY)
+
+
+def _taken_in_time(descriptor: int, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    while not _taken(descriptor):
+        if time.monotonic() >= deadline:
+            return False
         time.sleep(RETRY_S)
-    return _taken(descriptor)
+    return True
 
 
 def _taken(descriptor: int) -> bool:
