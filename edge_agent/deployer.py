@@ -181,6 +181,7 @@ class Deployer:
 
     def _verified(self, message: MetadataVerified) -> None:
         """Tell each slot what it should have."""
+        self._collected = None  # what is tried now and given up again leaves something behind
         for fault in message.refused:
             self._report_once("release_refused", f"{fault.target} is no release: {fault.text}", fault.reason)
         for name, slot in self.slots.items():
@@ -195,9 +196,12 @@ class Deployer:
             chosen = self._chosen(name, wanted, releases)
             if chosen is None or not self._keep(chosen):
                 continue
-            model = _ref(chosen)
-            if wanted.pin is not None:
-                slot.feed(ReleasePinned(model, _said(wanted.pin, message.signed_by)), self._now)
+            model, active = _ref(chosen), slot.state.active
+            # Where what is served is withdrawn and there was nothing to go back to, another release will do.
+            stranded = wanted.withdrawn.get(active.version) if active else None
+            wish = wanted.pin or stranded
+            if wish is not None:
+                slot.feed(ReleasePinned(model, _said(wish, message.signed_by)), self._now)
             else:
                 slot.feed(ReleaseOffered(model), self._now)
 

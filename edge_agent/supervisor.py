@@ -153,6 +153,7 @@ class Supervisor:
             runtime=", ".join(sorted(runtimes)),
             slots=self._deployer.statuses(),
             metadata_version=self._deployer.metadata_version,
+            groups=self._settings.groups,
         )
 
     def _send_telemetry(self, now: float) -> None:

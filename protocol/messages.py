@@ -72,13 +72,13 @@ class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """
 
     battle: str
-    step: int
+    step: Number
     actor: str = ""
-    action: int | None = None
+    action: Count | None = None
     scores: list[float] = []
     model: str = ""
-    version: int | None = None
-    id: str | int | None = None
+    version: Count | None = None
+    id: str | Number | None = None
     error: Problem | None = None
 
 
@@ -108,13 +108,13 @@ class Transition(Struct, frozen=True, array_like=True, gc=False):
         at: When the device answered.
     """
 
-    seq: int
+    seq: Count
     slot: str
     battle: str
     actor: str
-    step: int
+    step: Count
     features: bytes
-    action: int
+    action: Count
     taken: bool
     propensity: float | None
     legal: bytes
@@ -123,7 +123,7 @@ class Transition(Struct, frozen=True, array_like=True, gc=False):
     done: bool
     truncated: bool
     model: str
-    version: int
+    version: Count
     at: float
 
 
@@ -168,8 +168,8 @@ class SlotCounters(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     answered: Count = 0
-    errors: dict[str, int] = {}
-    latency_us_histogram: dict[int, int] = {}
+    errors: dict[str, Count] = {}
+    latency_us_histogram: dict[Count, Count] = {}
     latency_us_p50: float | None = None
     latency_us_p99: float | None = None
 
@@ -181,10 +181,10 @@ class Telemetry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     uptime_s: float
     cpu_percent: float | None = None
     load_1m: float | None = None
-    memory_used_bytes: int | None = None
-    memory_available_bytes: int | None = None
-    agent_memory_bytes: int | None = None
-    disk_free_bytes: int | None = None
+    memory_used_bytes: Count | None = None
+    memory_available_bytes: Count | None = None
+    agent_memory_bytes: Count | None = None
+    disk_free_bytes: Count | None = None
     temperatures_c: dict[str, float] = {}
     clocks_mhz: dict[str, float] = {}
     throttled: list[str] | None = None
@@ -216,9 +216,9 @@ class Verdict(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     outcome: str
-    pairs: int
-    slower: int
-    passed: int
+    pairs: Count
+    slower: Count
+    passed: Count
     evidence: float
     acceptance: float
     ratio_median: float
@@ -226,17 +226,17 @@ class Verdict(Struct, frozen=True, kw_only=True, omit_defaults=True):
     old_us_p99: float
     new_us_p50: float
     new_us_p99: float
-    tail_up: dict[int, int] = {}
-    tail_down: dict[int, int] = {}
+    tail_up: dict[Count, Count] = {}
+    tail_down: dict[Count, Count] = {}
     throttled_share: float = 0.0
-    seed: int = 0
+    seed: Count = 0
 
 
 class ModelRef(Struct, frozen=True, kw_only=True):
     """A model by digest and version."""
 
     digest: str
-    version: int
+    version: Count
 
 
 class TransferStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -250,9 +250,9 @@ class TransferStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
         waiting: Why nothing comes, and what it waits for; empty while something does.
     """
 
-    bytes: int
-    total: int
-    rate_bytes_s: int = 0
+    bytes: Count
+    total: Count
+    rate_bytes_s: Count = 0
     seconds_left: float | None = None
     waiting: str = ""
 
@@ -280,19 +280,20 @@ class SlotStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     candidate: ModelRef | None = None
     progress: float | None = None
     transfer: TransferStatus | None = None
-    pinned: int | None = None
+    pinned: Count | None = None
     verdict: Verdict | None = None
     refusal: str | None = None
 
 
 class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`fleet/v1/<device>/status`, retained."""
+    """`fleet/v1/<device>/status`, retained; `groups` are those under which an operator may mean the device."""
 
     at: float
     agent_version: str
     runtime: str
     slots: dict[str, SlotStatus] = {}
-    metadata_version: int = 0
+    metadata_version: Count = 0
+    groups: tuple[str, ...] = ()
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -313,7 +314,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: str
     slot: str = ""
     model: str = ""
-    version: int | None = None
+    version: Count | None = None
     reason: str = ""
     text: str = ""
     verdict: Verdict | None = None
@@ -343,8 +344,11 @@ class ChunkRequest(Struct, frozen=True, kw_only=True):
         model: SHA-256 of the model.
         wanted: A bitmap, chunk 0 in the lowest bit of byte 0. Empty asks for the manifest. Without any bit set it
             says that the device wants nothing more of the model, so nobody need wait for it.
+        last: Index of the chunk that arrived last: what was published after it is on its way to the device, and need
+            not be sent again. `None` where that is not so: at the beginning, and after waiting in vain.
     """
 
     device: str
     model: str
     wanted: bytes = b""
+    last: Count | None = None

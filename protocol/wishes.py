@@ -34,7 +34,7 @@ class Wish(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="wis
     """
 
     slot: str
-    version: Annotated[int, Meta(ge=0)]
+    version: Annotated[int, Meta(ge=0, le=2**53)]
     devices: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     at: float = 0.0
@@ -104,7 +104,7 @@ def from_field(value: Any) -> tuple[Pin | Withdrawal, ...]:
         raise Rejected("bad_wishes", f"{FIELD} is no text", FIELD)
     try:
         wishes = msgspec.json.decode(value, type=tuple[Pin | Withdrawal, ...])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for text that is none
         raise Rejected("bad_wishes", f"{FIELD}: {error}", FIELD) from error
     if len(wishes) > MAX_WISHES:
         raise Rejected("bad_wishes", f"{len(wishes)} wishes, more than {MAX_WISHES}", FIELD)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -124,6 +124,17 @@ def table(devices: Sequence[DeviceRow], now: float) -> list[dict[str, Any]]:
     return rows
 
 
+def serving(devices: Iterable[DeviceRow]) -> Counter[tuple[str, int]]:
+    """How many devices serve each version, by slot and version, as they last said."""
+    return Counter(
+        (name, slot.active.version)
+        for device in devices
+        if device.status
+        for name, slot in device.status.slots.items()
+        if slot.active
+    )
+
+
 def details(devices: Sequence[DeviceRow]) -> list[dict[str, Any]]:
     """Everything that is known of each device, for programs."""
     return [msgspec.to_builtins(device._asdict()) for device in devices]
@@ -136,11 +147,14 @@ def _table_row(device: DeviceRow, name: str, slot: SlotStatus | None, now: float
         "device": device.device,
         "online": {True: "yes", False: "no", None: "?"}[device.online],
         "seen": f"{max(now - device.seen_at, 0.0):.0f} s ago",
+        "groups": ", ".join(device.status.groups) if device.status else "",
         "slot": name,
         "phase": slot.phase if slot else "",
         "active": f"{slot.active.version} ({slot.active.digest[:8]})" if slot and slot.active else "",
+        "pinned": slot.pinned if slot and slot.pinned is not None else "",
         "candidate": f"{slot.candidate.version}" if slot and slot.candidate else "",
         "last verdict": slot.verdict.outcome if slot and slot.verdict else "",
+        "last refusal": (slot.refusal or "").partition(":")[0] if slot else "",
         "p50 / p99 µs": f"{_whole(counters.latency_us_p50)} / {_whole(counters.latency_us_p99)}" if counters else "",
         "°C": f"{max(telemetry.temperatures_c.values()):.0f}" if telemetry and telemetry.temperatures_c else "",
         "throttled": ", ".join(telemetry.throttled or ()) if telemetry else "",

@@ -10,10 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import sqlalchemy as sa
+from msgspec import Struct
 
 from protocol.messages import Ack, Event, Status, Telemetry, Transition, TransitionBatch
 from trainer_host import database as tables
@@ -21,8 +22,17 @@ from trainer_host.database import Database
 from trainer_host.ranges import Range, contiguous, covers, joined
 
 MAX_QUARANTINED = 1_000
+OUTCOMES = ("committed", "pinned", "refused", "rolled_back")
+
+
+class _Versioned(Struct):
+    """What `Store.outcomes` needs of an event."""
+
+    version: int | None = None
+
 
 _encoder = msgspec.msgpack.Encoder()
+_versioned = msgspec.msgpack.Decoder(_Versioned)
 # Of the table's columns, all but device and epoch before them and received_at after them.
 _values = attrgetter(*(column.name for column in list(tables.transitions.columns)[2:-1]))
 
@@ -81,6 +91,10 @@ class EventRow(NamedTuple):
 
     device: str
     event: Event
+
+
+Outcomes: TypeAlias = Mapping[tuple[str, int], Mapping[str, int]]
+"""By slot and version, and by kind of event (`OUTCOMES`): how many devices reported it, each counted once."""
 
 
 class Sighting(NamedTuple):
@@ -303,6 +317,21 @@ class Store:
         with self._database.reading() as connection:
             found = list(connection.execute(query))
         return [EventRow(row.device, msgspec.msgpack.decode(row.event, type=Event)) for row in reversed(found)]
+
+    def outcomes(self) -> Outcomes:
+        """What devices did with each version, as far as events are kept. Reads every such event."""
+        columns = tables.events.c
+        query = sa.select(columns.device, columns.kind, columns.slot, columns.event).where(columns.kind.in_(OUTCOMES))
+        devices: dict[tuple[str, int], dict[str, set[str]]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(query):
+                version = _versioned.decode(row.event).version
+                if version is not None:
+                    devices.setdefault((row.slot, version), {}).setdefault(row.kind, set()).add(row.device)
+        return {
+            version: {kind: len(kinds[kind]) for kind in OUTCOMES if kind in kinds}
+            for version, kinds in devices.items()
+        }
 
     def telemetry(self, device: str, limit: int) -> list[Telemetry]:
         """A device's newest telemetry, the newest last."""

@@ -242,6 +242,15 @@ def test_a_withdrawn_version_gives_way_and_is_not_taken_again(scene: Scene) -> N
     assert isinstance(scene.state, deployment.Serving)
 
 
+def test_a_withdrawn_version_with_none_before_it_gives_way_to_another_release(scene: Scene) -> None:
+    scene.commits(2)
+    stager = scene.verifies(ONE, TWO, wishes=(Withdrawal(slot="combat", version=2, by="alice"),))
+    assert scene.serves() == 2, "something must be served meanwhile"
+    scene.stages(stager, 1)
+    assert scene.serves() == 1
+    assert (scene.events[-1].kind, scene.events[-1].version) == ("pinned", 1)
+
+
 def test_a_pin_of_what_is_not_released_and_a_target_that_is_no_release_are_said_once(scene: Scene) -> None:
     bad = BadRelease("../../etc/passwd", "bad_release", "its path is not that of a release")
     for _ in range(3):

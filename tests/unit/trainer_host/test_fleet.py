@@ -12,7 +12,7 @@ from protocol.errors import Unavailable
 from protocol.messages import Event, ModelRef, SlotCounters, SlotStatus, Status, Telemetry, Verdict
 from trainer_host import fleet as module
 from trainer_host.database import Database
-from trainer_host.fleet import Fleet, details, table
+from trainer_host.fleet import Fleet, details, serving, table
 from trainer_host.store import DeviceRow, Store
 
 
@@ -28,6 +28,7 @@ VERDICT = Verdict(
     old_us_p99=2.0, new_us_p50=2.0, new_us_p99=4.0,
 )  # fmt: skip
 STATUS = Status(
+    groups=("attic", "upstairs"),
     at=1.0,
     agent_version="1",
     runtime="r",
@@ -38,6 +39,8 @@ STATUS = Status(
             active=ModelRef(digest="a" * 64, version=0),
             candidate=ModelRef(digest="b" * 64, version=2),
             verdict=VERDICT,
+            pinned=0,
+            refusal="slower: the candidate is slower",
         ),
         "movement": SlotStatus(phase="serving", ready=False),
     },
@@ -117,11 +120,17 @@ def test_the_table_has_a_row_for_each_slot() -> None:
         [DeviceRow("pi", 5.0, True, STATUS, TELEMETRY), DeviceRow("new", 9.0, None, None, None)], 12.0
     )
     assert list(combat.values()) == [
-        "pi", "yes", "7 s ago", "combat", "trial", "0 (aaaaaaaa)", "2", "rollback", "90 / ?", "61", "throttled",
+        "pi", "yes", "7 s ago", "attic, upstairs", "combat", "trial", "0 (aaaaaaaa)", 0, "2", "rollback", "slower", "90 / ?", "61",
+        "throttled",
     ]  # fmt: skip
     assert movement["slot"] == "movement"
-    assert movement["active"] == movement["p50 / p99 µs"] == ""
+    assert movement["active"] == movement["pinned"] == movement["last refusal"] == movement["p50 / p99 µs"] == ""
     assert (unknown["device"], unknown["online"], unknown["slot"], unknown["°C"]) == ("new", "?", "", "")
+
+
+def test_serving_counts_devices_by_what_they_said() -> None:
+    rows = [DeviceRow(name, 5.0, True, STATUS, None) for name in ("pi1", "pi2")]
+    assert serving([*rows, DeviceRow("new", 9.0, None, None, None)]) == {("combat", 0): 2}
 
 
 def test_details_are_plain_values() -> None:

@@ -205,6 +205,28 @@ def test_histories_are_read_newest_last_and_pruned(store: Store) -> None:
     assert [row.event.kind for row in store.events(9, "pi")] == ["k1", "k2"]
 
 
+def test_outcomes_count_each_device_once(store: Store) -> None:
+    said = [
+        ("pi1", "committed", "combat", 1),
+        ("pi1", "committed", "combat", 1),
+        ("pi2", "committed", "combat", 1),
+        ("pi2", "rolled_back", "combat", 1),
+        ("pi1", "refused", "combat", 2),
+        ("pi1", "pinned", "movement", 1),
+        ("pi1", "staged", "combat", 3),
+        ("pi1", "refused", "combat", None),
+    ]
+    events = [
+        (device, 1.0, Event(at=1.0, kind=kind, slot=slot, version=version)) for device, kind, slot, version in said
+    ]
+    store.add_reports({"pi1": Sighting(1.0)}, [], events)
+    assert store.outcomes() == {
+        ("combat", 1): {"committed": 2, "rolled_back": 1},
+        ("combat", 2): {"refused": 1},
+        ("movement", 1): {"pinned": 1},
+    }
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
