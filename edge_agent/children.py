@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from edge_agent.battles import Served
 from edge_agent.channel import Channel
+from edge_agent.open_battles import Mark
 from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
 from protocol.link import Broker
@@ -47,6 +48,7 @@ class WorkerAssignment(Struct, frozen=True, kw_only=True, tag=True):
         front_desk: Whether this worker also answers, with `unknown_slot`, what is sent to slots that do not exist.
         broker: Where to connect.
         model: What to answer with; none answers `no_model`.
+        finishing: What to answer with at first, and, after `Begin`, in battles that began with it.
         threads: For the interpreter.
         deadline_ms: Beyond which a waiting state is refused as `overloaded`.
     """
@@ -57,6 +59,7 @@ class WorkerAssignment(Struct, frozen=True, kw_only=True, tag=True):
     front_desk: bool
     broker: Broker
     model: ModelFile | None
+    finishing: ModelFile | None = None
     threads: int
     deadline_ms: float
 
@@ -65,21 +68,32 @@ class Join(Struct, frozen=True, tag=True):
     """Subscribe, and answer."""
 
 
+class OldBattles(Struct, frozen=True, tag=True):
+    """Battles that began with the model to finish; as many as fit one message."""
+
+    marks: list[Mark]
+
+
+class Begin(Struct, frozen=True, tag=True):
+    """Nobody else answers any more, and all old battles were told: answer the others with the new model."""
+
+
 class Leave(Struct, frozen=True, tag=True):
     """Unsubscribe, answer what is still here, and end."""
 
 
-ToWorker = WorkerAssignment | Join | Leave
+ToWorker = WorkerAssignment | Join | OldBattles | Begin | Leave
 
 
 # From a worker.
 
 
 class Loaded(Struct, frozen=True, kw_only=True, tag=True):
-    """The model is loaded and warm, or there is none."""
+    """The model is loaded and warm, or there is none. `failure` says why the one to finish is not."""
 
     load_ms: float
     runtime: str
+    failure: str = ""
 
 
 class LoadFailed(Struct, frozen=True, kw_only=True, tag=True):
@@ -105,11 +119,19 @@ class Records(Struct, frozen=True, tag=True):
 
 
 class Beat(Struct, frozen=True, kw_only=True, tag=True):
-    """About once a second, from the loop that serves: it turns. Counts are since the last beat."""
+    """About once a second, from the loop that serves: it turns.
+
+    Attributes:
+        answered: Observations since the last beat.
+        errors: Likewise, by code.
+        latency_us_histogram: Likewise.
+        finishing: Whether the model to finish is still loaded.
+    """
 
     answered: int
     errors: dict[str, int]
     latency_us_histogram: dict[int, int]
+    finishing: bool = False
 
 
 FromWorker = Loaded | LoadFailed | Joined | Disconnected | Records | Beat
@@ -128,6 +150,7 @@ class TrialAssignment(Struct, frozen=True, kw_only=True, tag=True):
         seed: Of the coin that decides which goes first.
         duty: Share of one core the trial may use, 0 to 1.
         interval_s: Least time between two pairs.
+        memory_bytes: How much memory the new model may take, beside the old one; 0 for as much as there is.
         old_inputs: float32 vectors for the old model,
         new_inputs: and, index by index, the same states for the new one.
     """
@@ -140,6 +163,7 @@ class TrialAssignment(Struct, frozen=True, kw_only=True, tag=True):
     interval_s: float
     old_inputs: list[bytes]
     new_inputs: list[bytes]
+    memory_bytes: int = 0
 
 
 class RecentInputs(Struct, frozen=True, tag=True):

@@ -4,23 +4,31 @@ The order of checks is fixed, so one fault gives one answer: payload, schema ver
 length, finite), legal mask, inference. A battle's last observation (`done`) is recorded and answered without an action.
 
 Behaviour is greedy: the legal action with the highest score, so its propensity is 1.
+
+During a swap at the battle's end there are two policies, and each battle has one of them (`edge_agent.open_battles`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from edge_agent.battles import Served
+from edge_agent.open_battles import Finishing, Mark, OpenBattles, mark_of
 from edge_agent.runtime import Model, Vector
 from protocol.codec import Decoder, convert, encode, is_json
 from protocol.errors import ErrorCode, Rejected
 from protocol.features import FeatureSpec, compile_spec
 from protocol.messages import SCHEMA_VERSION, Decision, Observation, Problem
+
+T = TypeVar("T")
+
+MAX_OBSERVATIONS = 1024
+MAX_NUMBER = 2**53
 
 _observations: Decoder[Observation | list[Observation]] = Decoder(Observation | list[Observation])
 _anything: Decoder[Any] = Decoder(Any)
@@ -96,11 +104,46 @@ class Policy:
 
 
 class Responder:
-    """Answers payloads for one slot with one policy, or with `no_model` while there is none."""
+    """Answers payloads for one slot with one policy, or with `no_model` while there is none.
 
-    def __init__(self, slot: str, policy: Policy | None) -> None:
+    Args:
+        slot: Its name.
+        policy: For all battles but those of
+        old: the policy that is finished. Until `begin`, that one answers everything.
+    """
+
+    def __init__(self, slot: str, policy: Policy | None, old: Policy | None = None) -> None:
         self._slot = slot
         self._policy = policy
+        self._old = old
+        self._finishing = Finishing(OpenBattles())
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the old policy is still needed."""
+        return self._old is not None
+
+    def heard(self, records: Iterable[Served], now: float) -> None:
+        """Remember which battles the old policy has answered, if there is one; `now` is of the monotonic clock."""
+        if self._old is not None:
+            for record in records:
+                if record.model == self._old.digest:
+                    self._finishing.hear(mark_of(record, now))
+
+    def learn(self, marks: Iterable[Mark]) -> None:
+        """Take what is known elsewhere about battles of the old policy."""
+        self._finishing.learn(marks)
+
+    def begin(self) -> None:
+        """From now on, answer battles that are not known to be the old policy's with the new one."""
+        self._finishing.begin()
+
+    def finish(self, now: float) -> bool:
+        """Let go of the old policy once its last battle has ended. Returns whether that was now."""
+        if self._old is None or not self._finishing.is_over(now):
+            return False
+        self._old = None
+        return True
 
     def answer(self, payload: bytes, at: float) -> tuple[bytes, list[Decision], list[Served]]:
         """Answer one payload, which holds one observation or a list of them.
@@ -114,7 +157,7 @@ class Responder:
         """
         records: list[Served] = []
         try:
-            asked = _observations.decode(payload)
+            asked = _few(_observations.decode(payload))
         except Rejected as error:
             decisions, several = self._salvage(payload, error, at, records)
         else:
@@ -126,7 +169,7 @@ class Responder:
     def refuse(self, payload: bytes, problem: Problem) -> tuple[bytes, list[Decision]]:
         """Answer every observation of a payload with the same problem, without looking further into it."""
         try:
-            asked = _readable(payload)
+            asked = _few(_readable(payload))
         except Rejected:
             asked = None
         several = isinstance(asked, list)
@@ -143,7 +186,7 @@ class Responder:
     def _decision(self, asked: Observation, at: float, records: list[Served]) -> Decision:
         if asked.v != SCHEMA_VERSION:
             raise Rejected(ErrorCode.UNKNOWN_VERSION, f"v is {asked.v}, this agent speaks {SCHEMA_VERSION}", "v")
-        policy = self._policy
+        policy = self._policy_for(asked.battle)
         if policy is None:
             raise Rejected(ErrorCode.NO_MODEL, f"slot {self._slot} has no model yet")
         over = asked.done and asked.features is None and asked.state is None
@@ -184,6 +227,9 @@ class Responder:
             id=asked.id,
         )
 
+    def _policy_for(self, battle: str) -> Policy | None:
+        return self._old if self._old is not None and self._finishing.keeps(battle) else self._policy
+
     def _choose(self, policy: Policy, vector: Vector, legal: list[bool] | None) -> tuple[int, list[float]]:
         if legal is not None:
             policy.check_legal(legal)
@@ -198,7 +244,7 @@ class Responder:
     ) -> tuple[list[Decision], bool]:
         """Answer what can be answered: in a list, one bad observation does not silence the others."""
         try:
-            asked = _readable(payload)
+            asked = _few(_readable(payload))
         except Rejected:
             return [_refusal(None, _problem(error))], False
         if not isinstance(asked, list):
@@ -226,9 +272,23 @@ def _readable(payload: bytes) -> Any:
         if not is_json(payload):
             raise
         try:
-            return json.loads(payload)
+            value = json.loads(payload)
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and cannot be echoed
         except (ValueError, RecursionError) as error:
             raise Rejected(ErrorCode.MALFORMED, f"neither JSON nor MessagePack: {error}") from error
+        return value
+
+
+def _few(asked: T) -> T:
+    """Refuse a list whose answer would be many times as long as the list.
+
+    Raises:
+        Rejected: With code `malformed`.
+    """
+    if isinstance(asked, list) and len(asked) > MAX_OBSERVATIONS:
+        text = f"a list of {len(asked)} observations; at most {MAX_OBSERVATIONS} are answered"
+        raise Rejected(ErrorCode.MALFORMED, text)
+    return asked
 
 
 def _problem(error: Rejected) -> Problem:
@@ -242,7 +302,8 @@ def _refusal(item: Any, problem: Problem) -> Decision:
 
     def read(key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
         value = item.get(key)
-        return value if isinstance(value, kinds) and not isinstance(value, bool) else default
+        fits = not isinstance(value, int) or (type(value) is int and abs(value) <= MAX_NUMBER)
+        return value if isinstance(value, kinds) and fits else default
 
     return Decision(
         battle=read("battle", str, ""),

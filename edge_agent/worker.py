@@ -3,6 +3,7 @@
 The path from message to publication does no disk I/O and takes no lock. What happened is told to the supervisor over a
 channel that never waits. Imports and the loading of the model run in a short-lived thread of idle priority, so that a
 worker which is about to take over does not slow the one that still serves; the thread that answers is never lowered.
+In a swap at the battle's end it has the model before as well, until the battles that began with that one have ended.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from edge_agent.battles import Served
 from edge_agent.channel import Channel
 from edge_agent.children import (
     Beat,
+    Begin,
     Disconnected,
     Join,
     Joined,
     Leave,
     Loaded,
     LoadFailed,
+    ModelFile,
+    OldBattles,
     Records,
     ToWorker,
     WorkerAssignment,
@@ -42,7 +46,7 @@ from protocol.link import Link, Message
 from protocol.messages import Decision, Problem
 
 if TYPE_CHECKING:
-    from edge_agent.serving import Responder
+    from edge_agent.serving import Policy, Responder
 
 log = logging.getLogger("edge_agent.worker")
 
@@ -108,6 +112,8 @@ class Worker:
                 self._leave()
             self._answer_burst()
             now = time.monotonic()
+            if self._responder.finish(now):
+                log.info("%s: the last battle of the old model has ended", self._assignment.slot)
             if len(self._records) >= MAX_RECORDS or now >= self._report_at:
                 self._report_at = now + REPORT_S
                 self._report()
@@ -125,10 +131,15 @@ class Worker:
 
     def _listen(self) -> None:
         for message in self._channel.receive():
-            if isinstance(message, Join):
-                self._link.subscribe((self._filter, 1))
-            elif isinstance(message, Leave):
-                self._leave()
+            match message:
+                case Join():
+                    self._link.subscribe((self._filter, 1))
+                case OldBattles(marks=marks):
+                    self._responder.learn(marks)
+                case Begin():
+                    self._responder.begin()
+                case Leave():
+                    self._leave()
 
     def _leave(self) -> None:
         if self._leaving_packet is None:
@@ -180,6 +191,7 @@ class Worker:
         payload, decisions, records = self._responder.answer(message.payload, time.time())
         if self._publish(message, payload, decisions):
             self._keep(records)
+            self._responder.heard(records, time.monotonic())
 
     def _refuse(self, message: Message, code: str, text: str, field: str | None = None) -> None:
         payload, decisions = self._responder.refuse(message.payload, Problem(code=code, text=text, field=field))
@@ -216,7 +228,12 @@ class Worker:
             self._lost = 0
 
     def _beat(self) -> None:
-        beat = Beat(answered=self._answered, errors=dict(self._errors), latency_us_histogram=self._histogram.counts)
+        beat = Beat(
+            answered=self._answered,
+            errors=dict(self._errors),
+            latency_us_histogram=self._histogram.counts,
+            finishing=self._responder.finishing,
+        )
         if self._joined and not self._link.connected:
             self._joined = False
             self._channel.send(Disconnected())
@@ -241,32 +258,56 @@ def _fitting(records: list[Served]) -> int:
     return len(records)
 
 
-def load(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
-    """Load and warm up the assigned model.
+class Outcome(NamedTuple):
+    """What loading came to.
 
-    Returns:
-        The responder, the milliseconds it took, and the runtime's name and version.
+    Attributes:
+        responder: Loaded and warm.
+        load_ms: How long it took.
+        runtime: Name and version.
+        failure: Why the model that should be finished cannot be; empty if it can, or if there is none.
+    """
+
+    responder: Responder
+    load_ms: float
+    runtime: str
+    failure: str
+
+
+def load(assignment: WorkerAssignment) -> Outcome:
+    """Load and warm up the assigned model, and the one to finish if there is one.
 
     Raises:
         Rejected: The file is missing, rotten, or refused by the runtime.
+        Unavailable: It cannot be read.
     """
     from edge_agent import runtime  # noqa: PLC0415
-    from edge_agent.serving import Policy, Responder  # noqa: PLC0415
+    from edge_agent.serving import Responder  # noqa: PLC0415
 
     started = time.perf_counter()
-    described = f"{runtime.name()} {runtime.version()}"
-    if assignment.model is None:
-        return Responder(assignment.slot, None), 0.0, described
-    data = ModelStore(Path(assignment.model.folder)).open(assignment.model.digest)
-    model = runtime.load(data, assignment.threads)
+    policy = None if assignment.model is None else _policy(assignment.model, assignment.threads)
+    old, failure = None, ""
+    if assignment.finishing is not None:
+        try:
+            old = _policy(assignment.finishing, assignment.threads)
+        except EdgeswapError as error:
+            failure = str(error)
+    load_ms = (time.perf_counter() - started) * 1e3
+    return Outcome(Responder(assignment.slot, policy, old), load_ms, f"{runtime.name()} {runtime.version()}", failure)
+
+
+def _policy(file: ModelFile, threads: int) -> Policy:
+    from edge_agent import runtime  # noqa: PLC0415
+    from edge_agent.serving import Policy  # noqa: PLC0415
+
+    model = runtime.load(ModelStore(Path(file.folder)).open(file.digest), threads)
     model.warm_up()
-    policy = Policy(model, assignment.model.features, assignment.model.digest, assignment.model.version)
-    return Responder(assignment.slot, policy), (time.perf_counter() - started) * 1e3, described
+    return Policy(model, file.features, file.digest, file.version)
 
 
-def load_gently(assignment: WorkerAssignment) -> tuple[Responder, float, str]:
+def load_gently(assignment: WorkerAssignment) -> Outcome:
     """`load`, in a thread of idle priority where the system has such: on Linux, a thread has its own (sched(7))."""
-    results: list[tuple[Responder, float, str] | EdgeswapError] = []
+    results: list[Outcome | EdgeswapError] = []
 
     def run() -> None:
         if sys.platform == "linux":
@@ -296,13 +337,13 @@ def main() -> int:
         return 0
     assert isinstance(assignment, WorkerAssignment)
     try:
-        responder, load_ms, described = load_gently(assignment)
+        loaded = load_gently(assignment)
     except EdgeswapError as error:
         reason = error.code if isinstance(error, Rejected) else "unavailable"
         channel.send(LoadFailed(reason=reason, text=str(error)))
         return 1
-    worker = Worker(assignment, responder, channel)
-    channel.send(Loaded(load_ms=load_ms, runtime=described))
+    worker = Worker(assignment, loaded.responder, channel)
+    channel.send(Loaded(load_ms=loaded.load_ms, runtime=loaded.runtime, failure=loaded.failure))
     worker.run()
     return 0
 

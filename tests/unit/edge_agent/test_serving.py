@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import msgspec
 import pytest
 
 from edge_agent import runtime
+from edge_agent.open_battles import Mark
 from edge_agent.serving import Policy, Responder
 from protocol.features import Feature, FeatureSpec
 from protocol.messages import Problem
@@ -167,3 +170,56 @@ def test_refusing_answers_every_observation_and_echoes_what_can_be_read() -> Non
     assert [(d.battle, d.step, d.id) for d in decisions] == [("b", 4, "x"), ("", 0, None)]
     assert all(answer["error"]["code"] == "overloaded" for answer in json.loads(payload))
     assert len(responder().refuse(b"{", problem)[1]) == 1
+
+
+def policy(model: str, version: int) -> Policy:
+    return Policy(runtime.load((MODELS / f"{model}.tflite").read_bytes()), SPEC, str(version) * 64, version)
+
+
+def version_for(both: Responder, battle: str, now: float, **fields: Any) -> int | None:
+    """Which version answers, as a worker asks and remembers it."""
+    asked = {"battle": battle, "step": 1, "features": FEATURES, **fields}
+    _, (decision,), records = both.answer(json.dumps(asked).encode(), 0.0)
+    both.heard(records, now)
+    assert [record.version for record in records] == [decision.version]
+    return decision.version
+
+
+def test_two_policies_share_the_battles_until_the_last_of_the_old_one_has_ended() -> None:
+    both = Responder("combat", policy("twin", 2), policy("echo", 1))
+    assert version_for(both, "mine", 0.0) == 1
+    assert not both.finish(0.0)
+    both.learn([Mark("theirs", "", 1, False, 0.0)])
+    both.begin()
+    assert [version_for(both, battle, 1.0) for battle in ("mine", "theirs", "new")] == [1, 1, 2]
+    asked = [{"battle": battle, "step": 2, "features": FEATURES} for battle in ("new", "mine", "other")]
+    assert [one.version for one in both.answer(json.dumps(asked).encode(), 0.0)[1]] == [2, 1, 2]
+    for battle in ("mine", "theirs"):
+        assert version_for(both, battle, 2.0, step=3, done=True) == 1
+    assert not both.finish(2.5)
+    assert both.finishing
+    assert both.finish(3.0)
+    assert not both.finishing
+    assert not both.finish(4.0)
+    assert version_for(both, "mine", 4.0) == 2
+
+
+def test_what_the_new_policy_answers_does_not_keep_the_old_one() -> None:
+    both = Responder("combat", policy("twin", 2), policy("echo", 1))
+    both.begin()
+    assert version_for(both, "new", 0.0) == 2
+    assert both.finish(0.0)
+
+
+def test_an_old_policy_that_is_over_gives_its_memory_back() -> None:
+    old = policy("echo", 1)
+    gone = weakref.ref(old)
+    both = Responder("combat", policy("twin", 2), old)
+    del old
+    both.begin()
+    gc.disable()
+    try:
+        assert both.finish(0.0)
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -22,6 +22,7 @@ from edge_agent import worker as module
 from edge_agent.channel import Channel
 from edge_agent.children import (
     Beat,
+    Begin,
     Child,
     Disconnected,
     FromWorker,
@@ -31,12 +32,14 @@ from edge_agent.children import (
     Loaded,
     LoadFailed,
     ModelFile,
+    OldBattles,
     Records,
     ToWorker,
     WorkerAssignment,
     start,
 )
 from edge_agent.model_store import ModelStore
+from edge_agent.open_battles import Mark
 from edge_agent.worker import Worker, load, load_gently
 from protocol import topics
 from protocol.errors import Rejected, Unavailable
@@ -51,10 +54,7 @@ ACTION = topics.action("pi7", "combat")
 
 
 def assignment(folder: Path, port: int = 1, name: str | None = "echo", **fields: Any) -> WorkerAssignment:
-    model = None
-    if name is not None:
-        digest = ModelStore(folder).put((MODELS / f"{name}.tflite").read_bytes())
-        model = ModelFile(digest=digest, version=3, folder=str(folder), features=FeatureSpec())
+    model = None if name is None else model_file(folder, name, 3)
     return msgspec.structs.replace(
         WorkerAssignment(
             device="pi7",
@@ -70,8 +70,14 @@ def assignment(folder: Path, port: int = 1, name: str | None = "echo", **fields:
     )
 
 
-def observation(number: int) -> bytes:
-    return msgspec.json.encode({"battle": "b", "step": number, "id": number, "features": [0, 1, 2, 3, 4, 5]})
+def model_file(folder: Path, name: str, version: int) -> ModelFile:
+    digest = ModelStore(folder).put((MODELS / f"{name}.tflite").read_bytes())
+    return ModelFile(digest=digest, version=version, folder=str(folder), features=FeatureSpec())
+
+
+def observation(number: int, **fields: Any) -> bytes:
+    asked = {"battle": "b", "step": number, "id": number, "features": [0, 1, 2, 3, 4, 5]}
+    return msgspec.json.encode({**asked, **fields})
 
 
 class Scene:
@@ -88,7 +94,7 @@ class Scene:
         ours, theirs = socket.socketpair()
         self.channel: Channel[FromWorker] = Channel(ours, FromWorker)
         task = assignment(folder, broker.port, **fields)
-        self.worker = Worker(task, load(task)[0], Channel(theirs, ToWorker))
+        self.worker = Worker(task, load(task).responder, Channel(theirs, ToWorker))
         self.thread = threading.Thread(target=self.worker.run)
         self.thread.start()
         self.until(lambda: granted)
@@ -241,7 +247,7 @@ def test_what_waits_is_bounded_however_slow_the_answers(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "MAX_WAITING", 40)
     task = assignment(tmp_path)
     _, theirs = socket.socketpair()
-    worker = Worker(task, load(task)[0], Channel(theirs, ToWorker))
+    worker = Worker(task, load(task).responder, Channel(theirs, ToWorker))
     for number in range(100):
         worker._arrived(Message(STATE, observation(number), 0, False, None, None, 0))
     worker._answer_burst()
@@ -294,7 +300,7 @@ def test_large_records_are_reported_in_messages_that_fit(tmp_path: Path) -> None
     task = assignment(tmp_path)
     ours, theirs = socket.socketpair()
     heard: Channel[FromWorker] = Channel(ours, FromWorker)
-    worker = Worker(task, load(task)[0], Channel(theirs, ToWorker))
+    worker = Worker(task, load(task).responder, Channel(theirs, ToWorker))
     _, _, (record,) = worker._responder.answer(observation(1), 0.0)
     many = [msgspec.structs.replace(record, step=step, features=bytes(250_000)) for step in range(25)]
     worker._keep(many)
@@ -318,7 +324,7 @@ def test_records_that_find_no_room_are_counted(tmp_path: Path, monkeypatch: pyte
     task = assignment(tmp_path)
     ours, theirs = socket.socketpair()
     heard: Channel[FromWorker] = Channel(ours, FromWorker)
-    worker = Worker(task, load(task)[0], Channel(theirs, ToWorker))
+    worker = Worker(task, load(task).responder, Channel(theirs, ToWorker))
     for number in range(5):
         worker._keep(worker._responder.answer(observation(number), 0.0)[2])
     worker._report()
@@ -328,12 +334,12 @@ def test_records_that_find_no_room_are_counted(tmp_path: Path, monkeypatch: pyte
 
 
 def test_loading_says_what_it_took_and_without_a_model_answers_no_model(tmp_path: Path) -> None:
-    responder, load_ms, described = load_gently(assignment(tmp_path))
-    assert load_ms > 0
-    assert len(described.split()) == 2
-    assert responder.answer(observation(1), 0.0)[1][0].action == 3
-    responder, _, _ = load_gently(assignment(tmp_path, name=None))
-    error = responder.answer(observation(1), 0.0)[1][0].error
+    loaded = load_gently(assignment(tmp_path))
+    assert loaded.load_ms > 0
+    assert len(loaded.runtime.split()) == 2
+    assert loaded.responder.answer(observation(1), 0.0)[1][0].action == 3
+    loaded = load_gently(assignment(tmp_path, name=None))
+    error = loaded.responder.answer(observation(1), 0.0)[1][0].error
     assert error is not None
     assert error.code == "no_model"
 
@@ -348,6 +354,48 @@ def test_loading_what_is_rotten_or_missing_says_so(tmp_path: Path) -> None:
     assert caught.value.code == "corrupt_model"
     with pytest.raises(Unavailable):
         load_gently(task)
+
+
+def test_at_the_battles_end_the_old_model_answers_first_then_its_own_battles_and_then_is_gone(
+    make: Callable[..., Scene], tmp_path: Path
+) -> None:
+    scene = make(finishing=model_file(tmp_path, "twin", 2)).joined()
+
+    def version(battle: str, **fields: Any) -> int:
+        said: int = scene.ask(observation(1, battle=battle, **fields), qos=1)[1]["version"]
+        return said
+
+    assert version("mine") == 2
+    scene.channel.send(OldBattles([Mark("theirs", "", 1, False, time.monotonic())]))
+    scene.channel.send(Begin())
+    scene.until(lambda: version("just begun") == 3)
+    assert (version("mine"), version("theirs")) == (2, 2)
+    scene.until(lambda: any(isinstance(message, Beat) for message in scene.told))
+    assert all(message.finishing for message in scene.told if isinstance(message, Beat))
+    assert (version("mine", step=2, done=True), version("theirs", step=2, done=True)) == (2, 2)
+    scene.until(lambda: any(isinstance(message, Beat) and not message.finishing for message in scene.told))
+    assert version("mine", step=3) == 3
+
+
+def test_a_battle_that_nobody_was_answered_in_keeps_no_model(tmp_path: Path) -> None:
+    """Without a connection nothing is published, so no game has seen the old model there."""
+    task = assignment(tmp_path, finishing=model_file(tmp_path, "twin", 2))
+    _, theirs = socket.socketpair()
+    worker = Worker(task, load(task).responder, Channel(theirs, ToWorker))
+    worker._arrived(Message(STATE, observation(1), 0, False, None, None, 0))
+    worker._answer_burst()
+    worker._responder.begin()
+    assert worker._responder.finish(time.monotonic())
+
+
+def test_an_old_model_that_cannot_be_loaded_is_told_and_done_without(tmp_path: Path) -> None:
+    old = model_file(tmp_path, "twin", 2)
+    ModelStore(tmp_path).path(old.digest).write_bytes(b"rotten")
+    child = start("worker", assignment(tmp_path, finishing=old), FromWorker, "worker")
+    assert "digest" in process_says(child, Loaded).failure
+    assert not process_says(child, Beat).finishing
+    child.channel.close()
+    assert child.process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities belong to threads on Linux only")
