@@ -18,16 +18,28 @@ from cyclopts import App, Parameter
 
 from protocol import command_line
 from protocol.command_line import DONE, EXIT_CODES, REFUSED, USAGE, JsonFlag
+from trainer_host.key_commands import accept, keys_app, sign
+from trainer_host.options import ConfigFile
+from trainer_host.options import settings_of as _settings
 
 if TYPE_CHECKING:
-    from trainer_host.publisher import Outcome
-    from trainer_host.settings import Settings
-    from trainer_host.wiring import Parts
+    from collections.abc import Callable, Mapping
 
-ConfigFile = Annotated[
-    Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
-]
+    from trainer_host.publisher import Outcome
+    from trainer_host.registry import Model
+    from trainer_host.wiring import Parts
+    from trainer_host.wishes import Edit, Said
+
 Which = Annotated[str, Parameter(help="Which recipe.")]
+SlotName = Annotated[str, Parameter(help="Which slot.")]
+Devices = Annotated[
+    tuple[str, ...], Parameter(name="--device", negative="", help="A device it is for; may be repeated.")
+]
+Groups = Annotated[
+    tuple[str, ...],
+    Parameter(name="--group", negative="", help="A group it is for; may be repeated. Without either, it is for all."),
+]
+Note = Annotated[str, Parameter(help="For people; it is signed with the wish.")]
 Notes = Annotated[str, Parameter(help="For people; they travel with the release.")]
 
 app = App(
@@ -35,8 +47,9 @@ app = App(
     help=f"Stores what devices play, learns from it, and releases signed models.\n\n{EXIT_CODES}",
     version=importlib.metadata.version("edgeswap"),
 )
-keys_app = App(name="keys", help="The keys that sign releases.")
 app.command(keys_app)
+app.command(sign)
+app.command(accept)
 app.register_install_completion_command()
 
 
@@ -55,6 +68,7 @@ def run(*, config: ConfigFile = None) -> int:
 
     settings = _settings(config)
     service.set_up_logging()
+    logging.getLogger("tuf.api").setLevel(logging.WARNING)  # it tells of every key that has not signed
     told: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, _frame: told.append(number))
@@ -70,36 +84,6 @@ def run(*, config: ConfigFile = None) -> int:
     return DONE
 
 
-@keys_app.command
-def init(*, config: ConfigFile = None) -> int:
-    """Make the four roles' keys and an empty repository; done once."""
-    from datetime import UTC, datetime  # noqa: PLC0415
-
-    from protocol.errors import Misconfigured  # noqa: PLC0415
-    from trainer_host import keys  # noqa: PLC0415
-    from trainer_host.repository import Repository  # noqa: PLC0415
-
-    settings = _settings(config)
-    folder, passphrase = Path(settings.keys_dir), settings.passphrase()
-    repository = Repository(settings.repository_dir, lifetimes=settings.lifetimes)
-    if repository.exists or not (folder / keys.INDEX).exists():  # else the last attempt ended between the two
-        if repository.exists:
-            raise Misconfigured(f"{settings.repository_dir} already holds a repository")
-        keys.init(folder, passphrase)
-    signers = keys.load_signers(folder, passphrase=passphrase)
-    repository = Repository(settings.repository_dir, signers, lifetimes=settings.lifetimes)
-    repository.create(datetime.now(UTC))
-    root = Path(settings.state_dir) / "root.json"
-    root.write_bytes(repository.root())
-    encrypted = "encrypted" if passphrase else "not encrypted (set passphrase_file before, if they should be)"
-    sys.stdout.write(
-        f"Made the keys of four roles in {folder}, {encrypted}, and an empty repository in {settings.repository_dir}.\n"
-        f"{keys.offline_advice(folder)}\n"
-        f"Devices are provisioned with the root of trust: {root}\n"
-    )
-    return DONE
-
-
 @app.command
 def train(recipe: Which = "combat", *, notes: Notes = "", config: ConfigFile = None, json: JsonFlag = False) -> int:
     """Train a recipe on what is stored, and release what passes the gate."""
@@ -107,8 +91,9 @@ def train(recipe: Which = "combat", *, notes: Notes = "", config: ConfigFile = N
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     from trainer_host import jobs  # noqa: PLC0415
+    from trainer_host.wiring import assemble  # noqa: PLC0415
 
-    parts = _releasing_parts(_settings(config))
+    parts = assemble(_settings(config))
     chosen = parts.settings.recipe(recipe)
     columns = (
         TextColumn("{task.description}"),
@@ -142,8 +127,9 @@ def publish(
     from protocol.errors import Misconfigured  # noqa: PLC0415
     from protocol.topics import checked_name  # noqa: PLC0415
     from trainer_host.inbox import DESCRIPTION, Description, read_description  # noqa: PLC0415
+    from trainer_host.wiring import assemble  # noqa: PLC0415
 
-    parts = _releasing_parts(_settings(config))
+    parts = assemble(_settings(config))
     beside = file.with_suffix(DESCRIPTION)
     if beside.is_file():
         description = read_description(beside)
@@ -160,16 +146,46 @@ def publish(
 
 
 @app.command
+def bundle(
+    out: Annotated[Path, Parameter(help="The file to write, e.g. models.bundle.")],
+    *,
+    slot: Annotated[tuple[str, ...], Parameter(negative="", help="Only this slot's models; may be repeated.")] = (),
+    config: ConfigFile = None,
+    json: JsonFlag = False,
+) -> int:
+    """Write the signed metadata and the models devices should serve into one file, for `edge-agent install`."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from msgspec import to_builtins  # noqa: PLC0415
+    from msgspec.json import encode, format  # noqa: A004, PLC0415
+
+    from trainer_host.bundling import make_bundle  # noqa: PLC0415
+    from trainer_host.repository import Repository  # noqa: PLC0415
+
+    contents = make_bundle(Repository(_settings(config).repository_dir), out, slot, datetime.now(UTC))
+    if json:
+        sys.stdout.write(format(encode(contents)).decode() + "\n")
+        return DONE
+    command_line.show(to_builtins(contents.models), title=f"{out}, {contents.bytes:,} bytes")
+    sys.stdout.write(f"Devices accept it until {contents.expires:%Y-%m-%d %H:%M} UTC. Then make a new one.\n")
+    return DONE
+
+
+@app.command
 def models(*, slot: str | None = None, limit: int = 20, config: ConfigFile = None, json: JsonFlag = False) -> int:
     """Show the models there were, the newest last."""
     import time  # noqa: PLC0415
 
     from msgspec import to_builtins  # noqa: PLC0415
 
+    from trainer_host import fleet  # noqa: PLC0415
     from trainer_host.database import Database  # noqa: PLC0415
     from trainer_host.registry import Registry  # noqa: PLC0415
+    from trainer_host.store import Store  # noqa: PLC0415
 
-    found = Registry(Database(_settings(config).database)).models(limit, slot)
+    database = Database(_settings(config).database)
+    found, store = Registry(database).models(limit, slot), Store(database)
+    serving, outcomes = fleet.serving(store.devices()), store.outcomes()
     rows = [
         {
             "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(model.created_at)),
@@ -181,6 +197,8 @@ def models(*, slot: str | None = None, limit: int = 20, config: ConfigFile = Non
             "transitions": model.lineage.transitions or "",
             "accuracy": _share(model.lineage.metrics.get("decision_accuracy")),
             "wins": _share(_win_rate(model.gate)),
+            "served by": _some(serving, model),
+            "refused by": _some({key: told.get("refused", 0) for key, told in outcomes.items()}, model),
             "notes": model.reason or model.notes,
         }
         for model in found
@@ -201,6 +219,90 @@ def devices(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
     found = Store(Database(_settings(config).database)).devices()
     rows = fleet.details(found) if json else fleet.table(found, time.time())
     command_line.show(rows, title="devices", as_json=json)
+    return DONE
+
+
+@app.command
+def pin(
+    slot: SlotName,
+    version: Annotated[int, Parameter(help="Which released version.")],
+    *,
+    device: Devices = (),
+    group: Groups = (),
+    note: Note = "",
+    config: ConfigFile = None,
+) -> int:
+    """Have devices serve one version of a slot, without a trial, until it is unpinned."""
+    from trainer_host import wishes  # noqa: PLC0415
+
+    whom = wishes.whom(device, group)
+    return _wished(slot, lambda said: wishes.pin(slot, version, whom, said), note, config)
+
+
+@app.command
+def unpin(slot: SlotName, *, device: Devices = (), group: Groups = (), config: ConfigFile = None) -> int:
+    """Lift a pin: the devices take newer versions again."""
+    from trainer_host import wishes  # noqa: PLC0415
+
+    whom = wishes.whom(device, group)
+    return _wished(slot, lambda _said: wishes.unpin(slot, whom), "", config)
+
+
+@app.command
+def rollback(
+    slot: SlotName,
+    *,
+    version: Annotated[int | None, Parameter(help="Which version; by default the newest released one.")] = None,
+    device: Devices = (),
+    group: Groups = (),
+    note: Note = "",
+    config: ConfigFile = None,
+) -> int:
+    """Withdraw a version of a slot: devices that serve it go back to the one before, and none takes it any more."""
+    from trainer_host import wishes  # noqa: PLC0415
+
+    whom = wishes.whom(device, group)
+    return _wished(slot, lambda said: wishes.withdraw(slot, version, whom, said), note, config)
+
+
+@app.command
+def restore(
+    slot: SlotName,
+    version: Annotated[int, Parameter(help="Which withdrawn version.")],
+    *,
+    device: Devices = (),
+    group: Groups = (),
+    config: ConfigFile = None,
+) -> int:
+    """Lift the withdrawal of a version."""
+    from trainer_host import wishes  # noqa: PLC0415
+
+    whom = wishes.whom(device, group)
+    return _wished(slot, lambda _said: wishes.restore(slot, version, whom), "", config)
+
+
+@app.command(name="wishes")
+def list_wishes(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show what is pinned and what is withdrawn, the newest last."""
+    from msgspec import to_builtins  # noqa: PLC0415
+
+    from trainer_host import wishes  # noqa: PLC0415
+    from trainer_host.repository import Repository  # noqa: PLC0415
+
+    found = Repository(_settings(config).repository_dir).wishes()
+    command_line.show(to_builtins(found) if json else wishes.rows(found), title="wishes", as_json=json)
+    return DONE
+
+
+@app.command(name="history")
+def show_history(*, slot: str | None = None, limit: int = 20, config: ConfigFile = None, json: JsonFlag = False) -> int:
+    """Show what was released, dropped and wished, when, by which keys, and what devices made of it; the newest last."""
+    from msgspec import to_builtins  # noqa: PLC0415
+
+    from trainer_host import history  # noqa: PLC0415
+
+    found = history.of(_settings(config), slot=slot, limit=limit)
+    command_line.show(to_builtins(found) if json else history.rows(found), title="history", as_json=json)
     return DONE
 
 
@@ -236,20 +338,21 @@ def version() -> int:
     return DONE
 
 
-def _settings(path: Path | None) -> Settings:
-    from trainer_host import settings  # noqa: PLC0415
+def _wished(slot: str, edit: Callable[[Said], Edit], note: str, config: Path | None) -> int:
+    """Sign a wish, say what it comes to, and put the metadata on the broker; also where it was signed before."""
+    from datetime import UTC, datetime  # noqa: PLC0415
 
-    return settings.load(path)
+    from trainer_host import wishes  # noqa: PLC0415
+    from trainer_host.custody import open_repository  # noqa: PLC0415
+    from trainer_host.metadata_topic import publish_once  # noqa: PLC0415
 
-
-def _releasing_parts(settings: Settings) -> Parts:
-    from protocol.errors import Misconfigured  # noqa: PLC0415
-    from trainer_host.wiring import assemble  # noqa: PLC0415
-
-    parts = assemble(settings)
-    if not parts.can_release:
-        raise Misconfigured(f"the targets key is not in {settings.keys_dir}: no release can be signed here")
-    return parts
+    settings = _settings(config)
+    repository, now = open_repository(settings), datetime.now(UTC)
+    text = wishes.carry_out(repository, slot, edit(wishes.Said(now.timestamp(), wishes.author(), note)), now)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+    publish_once(settings.broker, settings.client_id, repository.metadata_set())
+    return DONE
 
 
 def _announced(parts: Parts, outcome: Outcome, *, as_json: bool) -> int:
@@ -265,6 +368,11 @@ def _announced(parts: Parts, outcome: Outcome, *, as_json: bool) -> int:
     settings = parts.settings
     publish_once(settings.broker, settings.client_id, parts.repository.metadata_set())
     return DONE
+
+
+def _some(counts: Mapping[tuple[str, int], int], model: Model) -> str:
+    count = 0 if model.version is None else counts.get((model.slot, model.version), 0)
+    return str(count) if count else ""
 
 
 def _share(value: float | None) -> str:

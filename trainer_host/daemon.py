@@ -111,7 +111,7 @@ class Host:
 
     def _chunks_requested(self, payload: bytes) -> None:
         try:
-            self._chunks.requested(_requests.decode(payload))
+            self._chunks.requested(_requests.decode(payload), time.monotonic())
         except Rejected as error:
             self._chunks.ignored[error.code] += 1
             log.warning("cannot read a request for chunks: %s", error)
@@ -122,7 +122,7 @@ class Host:
             self._chunks.published()
 
     def _serve_chunks(self) -> None:
-        while self._link.connected and (publication := self._chunks.next()) is not None:
+        while self._link.connected and (publication := self._chunks.next(time.monotonic())) is not None:
             self._chunk_packets.add(self._link.publish(publication.topic, publication.payload, qos=1))
 
     def _commit(self) -> None:

@@ -21,7 +21,8 @@ from protocol.errors import EdgeswapError, Misconfigured
 from protocol.messages import MetadataSet
 from trainer_host import keys
 from trainer_host.database import Database, is_new
-from trainer_host.repository import TIMESTAMP, Repository
+from trainer_host.repository import Repository
+from trainer_host.repository_files import TIMESTAMP
 from trainer_host.settings import Settings
 from trainer_host.store import Store
 
@@ -81,20 +82,24 @@ def key_files(folder: Path, settings: Settings) -> Iterator[Finding]:
         yield Finding("keys", Health.FAILED, str(error), "Make keys once with `trainer-host keys init`.")
         return
     for role in keys.ROLES:
+        here = [entry for entry in index[role] if keys.is_here(folder, entry)]
+        if not here:
+            yield _absent_key(role, f"none of the {role} keys is in {folder}")
+            continue
         try:
-            keys.load_signers(folder, (role,), passphrase)
-        except Misconfigured as error:
-            here = any((folder / entry.uri.partition(":")[2]).is_file() for entry in index[role])
-            yield _unopenable_key(role, error) if here else _absent_key(role, error)
+            for entry in here:
+                keys.load(folder, role, entry, passphrase)
+        except EdgeswapError as error:
+            yield _unopenable_key(role, error)
             continue
         if role == "root":
-            remedy = "Move root.pem to a place that is not on any network."
+            remedy = "Move root.pem to a place that is not on any network: docs/keys.md."
             yield Finding("key root", Health.WARNING, "it is on this host", remedy)
         else:
             yield Finding(f"key {role}", Health.OK, "it is here and opens")
-        for entry in index[role]:
-            path = folder / entry.uri.partition(":")[2]
-            if path.is_file() and (finding := _private(f"key {role} file", path)).health is not Health.OK:
+        for entry in here:
+            path = keys.file_of(folder, entry)
+            if path is not None and (finding := _private(f"key {role} file", path)).health is not Health.OK:
                 yield finding
 
 
@@ -113,8 +118,8 @@ def metadata(settings: Settings, now: datetime) -> Iterator[Finding]:
         left = expires - now
         detail = f"expires {expires:%Y-%m-%d %H:%M} UTC"
         remedy = {
-            "root": "Sign a new root with the root key before then.",
-            "targets": "Release a model, or run the host with the targets key in place.",
+            "root": "Sign it again before then: trainer-host keys renew root",
+            "targets": "Sign them again before then: trainer-host keys renew targets",
         }.get(role, "Run the host: it signs this again by itself.")
         if left <= timedelta(0):
             yield Finding(f"metadata {role}", Health.FAILED, detail.replace("expires", "expired"), remedy)
@@ -165,19 +170,19 @@ def runtime() -> Finding:
     return Finding("runtime", Health.OK, "ai-edge-litert")
 
 
-def _unopenable_key(role: str, error: Misconfigured) -> Finding:
+def _unopenable_key(role: str, error: EdgeswapError) -> Finding:
     remedy = "Check passphrase_file, and the file against your copy."
     return Finding(f"key {role}", Health.FAILED, f"it is here and does not open: {error}", remedy)
 
 
-def _absent_key(role: str, error: Misconfigured) -> Finding:
+def _absent_key(role: str, detail: str) -> Finding:
     if role == "root":
         return Finding("key root", Health.OK, "it is not on this host, as it should be")
     if role == "targets":
         remedy = "Put it here if this host is to release models by itself."
-        return Finding("key targets", Health.WARNING, f"no release can be signed here: {error}", remedy)
+        return Finding("key targets", Health.WARNING, f"releases wait for signatures: {detail}", remedy)
     remedy = "Put it back from your copy, and check passphrase_file: without it signatures run out."
-    return Finding(f"key {role}", Health.FAILED, str(error), remedy)
+    return Finding(f"key {role}", Health.FAILED, detail, remedy)
 
 
 def _private(name: str, path: Path) -> Finding:

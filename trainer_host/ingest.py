@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Annotated
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from protocol import codec, topics
 from protocol.codec import Decoder
@@ -27,6 +28,9 @@ from trainer_host.store import Answer, Delivery, SetAside, Store, unfit
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 1024
+# Many times what a device puts in one batch; a few kilobytes could unpack to millions.
+MAX_BATCH_BYTES = 1024 * 1024
+MAX_TRANSITIONS = 4096
 
 
 class _Envelope(Struct, frozen=True, kw_only=True):
@@ -36,7 +40,7 @@ class _Envelope(Struct, frozen=True, kw_only=True):
     acked: Count
     first: Count
     last: Count
-    transitions: list[Raw]
+    transitions: Annotated[list[Raw], Meta(max_length=MAX_TRANSITIONS)]
 
 
 _batches: Decoder[TransitionBatch] = Decoder(TransitionBatch)
@@ -119,7 +123,7 @@ def read(device: str, payload: bytes) -> Delivery:
         Rejected: With code `malformed` or `bad_name` when not even the envelope can be read.
     """
     topics.checked_name(device, "device")
-    data = codec.decompress(payload)
+    data = codec.decompress(payload, MAX_BATCH_BYTES)
     try:
         batch = _batches.decode(data)
         set_aside: list[SetAside] = []

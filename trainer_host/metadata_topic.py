@@ -24,7 +24,8 @@ class Source(Protocol):
         """The payload.
 
         Raises:
-            Misconfigured: It cannot be read, now at least.
+            Misconfigured: It is damaged, or not there.
+            Unavailable: It cannot be read now.
         """
 
 
@@ -70,7 +71,7 @@ class MetadataTopic:
         """Read the set; what cannot be read now is told once, and looked at again."""
         try:
             payload = self._source.metadata_set()
-        except Misconfigured as error:
+        except (Misconfigured, Unavailable) as error:
             if str(error) != self._trouble:
                 log.warning("cannot read the metadata set, looking again: %s", error)
             self._trouble = str(error)

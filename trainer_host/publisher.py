@@ -29,6 +29,7 @@ from trainer_host.progress import Report
 from trainer_host.recipes.recipe import Recipe
 from trainer_host.registry import Model, Registry
 from trainer_host.repository import Repository, identity_of
+from trainer_host.signing import SignaturesMissing
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +216,7 @@ class Publisher:
         Raises:
             Rejected: It does not fit its slot, or the gate could not run it.
             Unavailable: Something outside failed; the candidate may be tried again.
+            SignaturesMissing: It passed, and its release waits for keys that are elsewhere.
             Misconfigured: A key or a folder is missing.
         """
         file = candidate.file
@@ -238,6 +240,10 @@ class Publisher:
         except Rejected as error:
             self._registry.refused(number, error.text)
             self._report("refused", slot=candidate.slot, model=file.digest, reasons=[error.text])
+            raise
+        except SignaturesMissing as error:
+            self._registry.waiting(number, entry, f"waits for signatures: {error.file.name}")
+            self._report("waiting", slot=candidate.slot, model=file.digest, request=str(error.file))
             raise
         except EdgeswapError as error:
             self._registry.failed(number, str(error))

@@ -5,6 +5,7 @@ It is a record, not a source of truth: what is released is what the signed repos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +23,7 @@ class ModelState(StrEnum):
 
     TRAINED = "trained"  # or delivered: it waits for the gate
     REFUSED = "refused"
+    WAITING = "waiting"  # for signatures of keys that are elsewhere
     RELEASED = "released"
     FAILED = "failed"  # not by its own fault: it may be tried again, as another entry
 
@@ -79,6 +81,28 @@ class Registry:
     def released(self, number: int, version: int, gate: dict[str, Any] | None) -> None:
         """Note that a model was released."""
         self._settle(number, state=ModelState.RELEASED, version=version, gate=gate)
+
+    def waiting(self, number: int, gate: dict[str, Any] | None, reason: str) -> None:
+        """Note that a model's release waits for signatures."""
+        self._settle(number, state=ModelState.WAITING, gate=gate, reason=reason)
+
+    def signed(self, versions: Mapping[tuple[str, str], int]) -> None:
+        """Note that releases which waited are signed now.
+
+        Args:
+            versions: Version by slot and digest.
+        """
+        with self._database.writing() as connection:
+            for (slot, digest), version in versions.items():
+                connection.execute(
+                    sa.update(tables.models)
+                    .where(
+                        tables.models.c.slot == slot,
+                        tables.models.c.digest == digest,
+                        tables.models.c.state == ModelState.WAITING,
+                    )
+                    .values(state=ModelState.RELEASED, version=version, reason="")
+                )
 
     def refused(self, number: int, reason: str, gate: dict[str, Any] | None = None) -> None:
         """Note that a model was refused."""

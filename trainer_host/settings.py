@@ -13,6 +13,7 @@ from protocol import configuration
 from protocol.errors import Misconfigured, Rejected
 from protocol.link import Broker
 from trainer_host.gate import GateSettings
+from trainer_host.keys import read_secret
 from trainer_host.recipes import table
 from trainer_host.recipes.recipe import Recipe, override
 from trainer_host.repository import Lifetimes
@@ -164,13 +165,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """
         if not self.passphrase_file:
             return None
-        try:
-            lines = Path(self.passphrase_file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Misconfigured(f"cannot read passphrase_file {self.passphrase_file}: {error}") from error
-        if not lines or not lines[0]:
-            raise Misconfigured(f"the first line of passphrase_file {self.passphrase_file} is empty")
-        return lines[0]
+        return read_secret(Path(self.passphrase_file))
 
 
 def load(path: Path | None = None) -> Settings:

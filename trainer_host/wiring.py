@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from threading import Event
 
 from msgspec import Struct
 
 from protocol.errors import Misconfigured
 from trainer_host import keys
+from trainer_host.custody import open_repository
 from trainer_host.database import Database
 from trainer_host.progress import ProgressFile
 from trainer_host.publisher import Jobs, Publisher
@@ -22,15 +22,12 @@ from trainer_host.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-ONLINE_ROLES = ("snapshot", "timestamp")
-RELEASING_ROLES = ("targets", *ONLINE_ROLES)
-
 
 class Parts(Struct, frozen=True, kw_only=True):
     """What works together on one state folder.
 
     Attributes:
-        can_release: Whether the key that signs releases is here.
+        can_release: Whether enough of the keys that sign releases are here; else a release waits for signatures.
     """
 
     settings: Settings
@@ -46,25 +43,20 @@ class Parts(Struct, frozen=True, kw_only=True):
 def assemble(settings: Settings, stop: Event | None = None) -> Parts:
     """Open the database and the repository, and load the keys.
 
-    Without the targets key the host stores, serves chunks and keeps the metadata fresh, and cannot release.
+    Without the targets key the host stores, serves chunks and keeps the metadata fresh, and releases nothing by
+    itself.
 
     Raises:
         Misconfigured: There are no keys or no repository yet, or something cannot be opened.
-        Unavailable: The database does not answer.
+        Unavailable: The database does not answer, or the disk failed.
     """
-    folder, passphrase = Path(settings.keys_dir), settings.passphrase()
-    can_release = True
-    try:
-        signers = keys.load_signers(folder, RELEASING_ROLES, passphrase)
-    except Misconfigured as error:
-        signers = keys.load_signers(folder, ONLINE_ROLES, passphrase)
-        log.warning("cannot release models here: %s", error)
-        can_release = False
-    repository = Repository(
-        settings.repository_dir, signers, lifetimes=settings.lifetimes, kept_versions=settings.kept_versions
-    )
+    repository = open_repository(settings)
     if not repository.exists:
         raise Misconfigured(f"no repository in {settings.repository_dir}. Make one first: trainer-host keys init")
+    for role in keys.ONLINE_ROLES:
+        if not repository.can_sign(role):
+            raise Misconfigured(f"{settings.keys_dir} has too few {role} keys. See: trainer-host keys verify")
+    can_release = _can_release(repository)
     database = Database(settings.database)
     store, registry = Store(database), Registry(database)
     report, jobs = ProgressFile(settings.progress_file), Jobs(settings.jobs_dir, settings.training.kept_jobs)
@@ -80,3 +72,14 @@ def assemble(settings: Settings, stop: Event | None = None) -> Parts:
         trainer=Trainer(store, publisher, jobs, settings.training, report=report, stop=stop),
         can_release=can_release,
     )
+
+
+def _can_release(repository: Repository) -> bool:
+    try:
+        if repository.can_sign("targets"):
+            return True
+    except Misconfigured as error:
+        log.warning("cannot release models here: %s", error)
+    else:
+        log.warning("cannot release models here: the targets keys that are here are not enough")
+    return False

@@ -8,53 +8,19 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import Misconfigured, Rejected, Unavailable
+from protocol.watched_folder import LOOK_S, Stamp
 from trainer_host import inbox as module
-from trainer_host.inbox import Description, Inbox, Settling, Stamp, read_description
+from trainer_host.inbox import Description, Inbox, pairs, read_description
 
 A, B = Stamp(10, 1), Stamp(20, 2)
 
 
-def test_a_model_is_complete_when_both_files_have_been_still() -> None:
-    settling = Settling(2.0)
-    files = {"m.tflite": A, "m.toml": B, "notes.txt": A}
-    assert settling.look(files, 0.0) == []
-    assert settling.waiting
-    assert settling.look(files, 1.9) == []
-    assert settling.look(files, 2.0) == ["m"]
-    assert settling.look(files, 9.0) == ["m"]
-
-
-@pytest.mark.parametrize("changed", ["m.tflite", "m.toml"])
-def test_a_file_that_changes_begins_anew(changed: str) -> None:
-    settling = Settling(2.0)
-    files = {"m.tflite": A, "m.toml": B}
-    settling.look(files, 0.0)
-    grown = {**files, changed: Stamp(99, 9)}
-    assert settling.look(grown, 2.0) == []
-    assert settling.look(grown, 3.9) == []
-    assert settling.look(grown, 4.0) == ["m"]
-
-
-def test_a_touch_without_growth_counts_as_a_change() -> None:
-    settling = Settling(1.0)
-    settling.look({"m.tflite": A, "m.toml": B}, 0.0)
-    assert settling.look({"m.tflite": A._replace(modified_ns=5), "m.toml": B}, 1.0) == []
+def test_a_model_and_its_description_belong_together() -> None:
+    assert pairs({"m.tflite": A, "m.toml": B, "notes.txt": A}) == {"m": (A, B)}
 
 
 def test_half_a_pair_is_not_waited_for() -> None:
-    settling = Settling(1.0)
-    assert settling.look({"m.tflite": A}, 0.0) == settling.look({"n.toml": A}, 5.0) == []
-    assert not settling.waiting
-    both = {"m.tflite": A, "m.toml": B}
-    assert settling.look(both, 6.0) == []
-    assert settling.look(both, 7.0) == ["m"]
-
-
-def test_the_time_a_file_waited_alone_does_not_count() -> None:
-    settling = Settling(1.0)
-    settling.look({"m.tflite": A, "m.toml": B}, 0.0)
-    settling.look({"m.tflite": A}, 0.5)
-    assert settling.look({"m.tflite": A, "m.toml": B}, 1.5) == []
+    assert pairs({"m.tflite": A, "n.toml": A, "m": B, ".toml": B}) == {}
 
 
 @pytest.fixture
@@ -83,8 +49,8 @@ def test_watchdog_wakes_the_loop(inbox: Inbox) -> None:
 def test_without_news_it_looks_now_and_then(inbox: Inbox) -> None:
     inbox.ready(0.0)
     drop(inbox, "m")
-    assert inbox.ready(module.LOOK_S - 0.1) == []
-    assert inbox.ready(module.LOOK_S) == ["m"]
+    assert inbox.ready(LOOK_S - 0.1) == []
+    assert inbox.ready(LOOK_S) == ["m"]
 
 
 def test_links_folders_and_hidden_files_are_passed_over(inbox: Inbox, tmp_path: Path) -> None:

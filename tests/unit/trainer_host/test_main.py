@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,11 +87,59 @@ def test_without_keys_it_says_what_to_do(
     assert "trainer-host keys init" in capsys.readouterr().err
 
 
-def test_without_the_targets_key_nothing_is_released(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signing_needs_a_request_a_folder_and_a_yes(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     call(config, "keys", "init")
-    (config.parent / "host" / "keys" / "targets.pem").unlink()
-    assert call(config, "publish", "model.tflite", "--slot", "combat") == command_line.USAGE
-    assert "the targets key is not in" in capsys.readouterr().err
+    folder = config.parent / "host" / "keys"
+    (folder / "root.pem").rename(config.parent / "root.pem")
+    assert call(config, "keys", "renew", "root") == command_line.USAGE
+    request = config.parent / "host" / "repository" / "requests" / "root-2.json"
+    assert str(request) in capsys.readouterr().err
+    sign = ["sign", str(request), "--keys", str(folder)]
+    assert command_line.run(app, ["sign", "gone.json", "--keys", str(folder)]) == command_line.USAGE
+    assert command_line.run(app, ["sign", str(request), "--keys", "gone"]) == command_line.USAGE
+    assert command_line.run(app, [*sign, "--yes"]) == command_line.REFUSED
+    assert "no key in" in capsys.readouterr().err
+    (config.parent / "root.pem").rename(folder / "root.pem")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert command_line.run(app, sign) == command_line.USAGE
+    assert "--yes" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
+    assert command_line.run(app, sign) == command_line.REFUSED
+    assert "Nothing was signed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert command_line.run(app, sign) == 0
+    assert "trainer-host accept root-2.json" in capsys.readouterr().out
+    assert command_line.run(app, sign) == 0  # there is nothing left to sign
+    assert "Every signature is there" in capsys.readouterr().out
+    assert call(config, "accept", str(request)) == 0
+    assert call(config, "accept", str(request)) == command_line.USAGE  # it has gone
+
+
+def test_sign_needs_no_host(tmp_path: Path, config: Path) -> None:
+    """Neither its configuration nor what the daemon is made of."""
+    call(config, "keys", "init")
+    (config.parent / "host" / "keys" / "root.pem").rename(tmp_path / "root.pem")
+    (tmp_path / "keys.json").write_bytes((config.parent / "host" / "keys" / "keys.json").read_bytes())
+    call(config, "keys", "renew", "root")
+    request = (config.parent / "host" / "repository" / "requests" / "root-2.json").rename(tmp_path / "root-2.json")
+    code = (
+        "import sys; from trainer_host.__main__ import app; from protocol import command_line\n"
+        f"code = command_line.run(app, ['sign', {str(request)!r}, '--keys', {str(tmp_path)!r}, '--yes'])\n"
+        "heavy = ('numpy', 'sqlalchemy', 'tensorflow', 'ai_edge_litert', 'trainer_host.database')\n"
+        "print(code, [name for name in heavy if name in sys.modules])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": os.pathsep.join(sys.path), "HOME": "/nowhere"},
+    )
+    assert ended.stdout.splitlines()[-1] == "0 []"
 
 
 def test_publish_needs_a_slot_and_a_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from trainer_host.publisher import Jobs, Publisher
 from trainer_host.recipes.recipe import Recipe
 from trainer_host.registry import ModelState, Registry
 from trainer_host.repository import Repository
+from trainer_host.signing import SignaturesMissing
 
 MODELS = Path(__file__).parents[2] / "models"
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -91,6 +92,20 @@ def test_a_delivered_file_becomes_a_release(bed: Bed) -> None:
     assert model.gate is not None
     assert [kind for kind, _ in bed.said] == ["gate", "released"]
     assert "is released" in outcome.text
+
+
+def test_a_release_waits_for_a_key_that_is_elsewhere(bed: Bed) -> None:
+    signers = keys.load_signers(bed.folder / "keys", ("snapshot", "timestamp"))
+    bed.repository = Repository(bed.folder / "repository", signers)
+    with pytest.raises(SignaturesMissing) as caught:
+        bed.publisher().deliver(MODELS / "echo.tflite", bed.describe())
+    assert caught.value.file.is_file()
+    assert bed.repository.releases() == []
+    (model,) = bed.registry.models()
+    assert (model.state, model.version) == (ModelState.WAITING, None)
+    assert model.gate is not None
+    assert "targets-2.json" in model.reason
+    assert [kind for kind, _ in bed.said] == ["gate", "waiting"]
 
 
 def test_a_later_one_takes_its_meaning_from_the_current_release(bed: Bed) -> None:

@@ -37,6 +37,21 @@ def test_a_release_and_a_refusal_are_noted(registry: Registry) -> None:
     assert (two.state, two.version, two.reason, two.gate) == (ModelState.REFUSED, None, "too slow", {"passed": False})
 
 
+def test_a_release_that_waited_is_noted_when_it_is_signed(registry: Registry) -> None:
+    waiting, other, refused = (registry.add(model(digest=digest * 64)) for digest in "def")
+    for number in (waiting, other):
+        registry.waiting(number, {"passed": True}, "waits for signatures: targets-2.json")
+    registry.refused(refused, "too slow")
+    registry.signed({("combat", "d" * 64): 3, ("movement", "e" * 64): 4, ("combat", "f" * 64): 5})
+    states = [(each.state, each.version, each.reason) for each in registry.models()]
+    assert states == [
+        (ModelState.RELEASED, 3, ""),
+        (ModelState.WAITING, None, "waits for signatures: targets-2.json"),
+        (ModelState.REFUSED, None, "too slow"),
+    ]
+    assert registry.models()[0].gate == {"passed": True}
+
+
 def test_the_newest_are_last_and_can_be_chosen_by_slot(registry: Registry) -> None:
     for slot in ("combat", "movement", "combat", "combat"):
         registry.add(model(slot))
