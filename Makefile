@@ -3,11 +3,13 @@
 SHELL := /bin/sh
 PYTHON_ENV := .venv/bin/python
 TFLITE_ENV := .venv-tflite/bin/python
+FUZZ_ENV := .venv-fuzz/bin/python
 CODE := protocol edge_agent trainer_host demo benchmarks tests scripts
-AGENT_TESTS := tests/unit/protocol tests/unit/edge_agent tests/integration/test_agent.py tests/integration/test_stager.py
+AGENT_TESTS := tests/unit/protocol tests/unit/edge_agent tests/integration/test_agent.py tests/integration/test_stager.py \
+	tests/integration/test_sideload.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench demo test test-main test-tflite coverage-own lint format bench lock clean
+.PHONY: help setup setup-bench demo test test-main test-tflite fuzz coverage-own lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +34,11 @@ test-tflite: setup ## the agent's tests in the environment of tflite-runtime (Li
 	else \
 		echo "Skipped the tests on tflite-runtime: it exists for Linux with Python 3.11 only."; \
 	fi
+
+fuzz: setup ## coverage-guided fuzzing of every decoder (Linux); SECONDS=600 for all together
+	@test -x $(FUZZ_ENV) || .venv/bin/python -m venv .venv-fuzz
+	@$(FUZZ_ENV) -m pip install --quiet --disable-pip-version-check --requirement requirements/fuzz.txt
+	@$(FUZZ_ENV) -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 coverage-own: setup ## each pure module covered to 100% by its own test file
 	@$(PYTHON_ENV) scripts/coverage_own.py

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from benchmarks import answering, living, storing, swapping, yardstick
+from benchmarks import answering, living, storing, swapping, transferring, yardstick
 from benchmarks.figures import Figure, show
 from benchmarks.fleet import serving
 from edge_agent import runtime
@@ -50,6 +50,8 @@ def bench(
             figures += living.memory(folder / "memory", small.read_bytes(), environments)
         figures += swapping.swaps(folder / "small", "small", small.read_bytes(), runs=3 if quick else 5)
         figures += swapping.swaps(folder / "large", "100 MB", large.read_bytes(), runs=1 if quick else 3)
+        figures.append(transferring.rates(folder / "rates", large.read_bytes(), runs=2 if quick else 5))
+        figures += transferring.felt(folder / "felt", small.read_bytes(), large.read_bytes(), runs=2 if quick else 5)
         figures.append(storing.ingest(folder / "ingest", runs=runs, count=8_000 if quick else 40_000))
     show(figures, as_json=json)
     return 0

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from protocol.errors import Unavailable
 from protocol.features import Feature, FeatureSpec
 from protocol.link import Broker, Link, Message
 from protocol.messages import Ack, ChunkRequest, Event, Status, TransitionBatch
-from protocol.release import Golden, Release
+from protocol.release import CHUNK_BYTES, Golden, Release
 from trainer_host import keys
 from trainer_host.chunks import ChunkServer
 from trainer_host.private_broker import PrivateBroker
@@ -86,12 +86,12 @@ class Fleet:
         self._repository = Repository(folder / "repository", keys.load_signers(folder / "keys"))
         self._repository.create(datetime.now(UTC))
         (folder / "root.json").write_bytes(self._repository.root())
-        self._chunks = ChunkServer(self._repository)
+        self.chunks = ChunkServer(self._repository)
         self._link = Link(
             Broker(port=self.broker.port),
             "bench-host",
             on_message=self._heard,
-            on_published=lambda _packet: self._chunks.published(),
+            on_published=lambda _packet: self.chunks.published(),
         )
         self._link.subscribe((topics.fleet(DEVICE, "+"), 1), (topics.CHUNK_REQUESTS, 1))
         self.wait(lambda: self._link.connected, "the broker answers")
@@ -118,15 +118,33 @@ class Fleet:
             self._agent = None
             self._status = None
 
-    def publish(self, model: bytes, version: int) -> None:
+    def publish(self, model: bytes, version: int) -> Release:
         """Sign and announce a model."""
-        self._repository.release(release_of(model, version), model, datetime.now(UTC))
-        self._link.publish(topics.METADATA, self._repository.metadata_set(), qos=1, retain=True)
+        release = release_of(model, version)
+        self._repository.release(release, model, datetime.now(UTC))
+        self._link.publish(topics.METADATA, self.metadata_set(), qos=1, retain=True)
+        return release
+
+    def metadata_set(self) -> bytes:
+        """What was announced."""
+        return self._repository.metadata_set()
+
+    def publish_chunks(self, release: Release) -> None:
+        """Begin to publish every chunk of a model, whoever listens."""
+        every = (1 << release.chunk_count) - 1
+        for bits in (every, 0):  # without any bit: nobody need be waited for
+            wanted = bits.to_bytes(-(-release.chunk_count // 8), "little")
+            request = ChunkRequest(device="everybody", model=release.digest, wanted=wanted)
+            self.chunks.requested(request, time.monotonic())
 
     def serves(self, version: int) -> bool:
         """Whether the agent says that it answers with this version."""
         slot = self._status.slots.get(SLOT) if self._status else None
         return slot is not None and slot.ready and slot.active is not None and slot.active.version == version
+
+    def heard(self, kinds: Collection[str], after: int) -> bool:
+        """Whether the agent has reported an event of one of these kinds after so many others."""
+        return any(event.kind in kinds for event in self.events[after:])
 
     def committed(self, version: int) -> bool:
         """Whether the agent has said that this version passed its trial."""
@@ -150,7 +168,7 @@ class Fleet:
     def turn(self, seconds: float) -> None:
         """One turn of the host."""
         self._link.turn(seconds)
-        while self._link.connected and (publication := self._chunks.next()) is not None:
+        while self._link.connected and (publication := self.chunks.next(time.monotonic())) is not None:
             self._link.publish(publication.topic, publication.payload, qos=1)
 
     def memory_mb(self) -> float:
@@ -177,7 +195,7 @@ class Fleet:
 
     def _heard(self, message: Message) -> None:
         if message.topic == topics.CHUNK_REQUESTS:
-            self._chunks.requested(_requests.decode(message.payload))
+            self.chunks.requested(_requests.decode(message.payload), time.monotonic())
             return
         _, what = topics.fleet_device(message.topic)
         if what == "status":
@@ -206,5 +224,12 @@ def serving(folder: Path, model: bytes, python: str = sys.executable) -> Iterato
 
 
 def twin(model: bytes, number: int) -> bytes:
-    """The same model with another digest: a flatbuffer does not mind what follows it."""
-    return model + number.to_bytes(4, "little")
+    """The same model with another digest, and with hardly a chunk in common, so that all of it is transferred.
+
+    In each chunk of a large one a bit of the least significant byte of a weight is flipped; TFLite aligns weights to 16
+    bytes. A flatbuffer does not mind what follows it.
+    """
+    other = bytearray(model)
+    for start in range(CHUNK_BYTES, len(model) - CHUNK_BYTES, CHUNK_BYTES):
+        other[start] ^= number
+    return bytes(other) + number.to_bytes(4, "little")

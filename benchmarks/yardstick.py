@@ -1,4 +1,4 @@
-"""The C programs: the echo that everything is compared with, and the load that both are measured with."""
+"""The C programs: echo and drain, which ours are compared with, and the load that both are measured with."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Phase(Struct, frozen=True):
 
 
 def build() -> None:
-    """Compile both.
+    """Compile them.
 
     Raises:
         Misconfigured: There is no compiler, or libmosquitto's header is missing.
     """
     BUILD.mkdir(exist_ok=True)
     places = [f"-I{HOMEBREW}/include", f"-L{HOMEBREW}/lib"] if HOMEBREW.exists() else []
-    for name in ("echo", "load"):
+    for name in ("echo", "load", "drain"):
         command = ["cc", "-O2", "-o", str(BUILD / name), str(FOLDER / f"{name}.c"), *places, "-lmosquitto"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)

@@ -20,7 +20,7 @@ from edge_agent import settings as configuration
 from protocol import command_line
 from protocol.command_line import EXIT_CODES, JsonFlag
 from protocol.errors import EdgeswapError, Unavailable
-from protocol.messages import ModelRef, Status
+from protocol.messages import ModelRef, Status, TransferStatus
 
 ConfigFile = Annotated[
     Path | None, Parameter(name="--config", help="TOML file; fragments beside it in conf.d/*.toml are merged in.")
@@ -86,6 +86,7 @@ def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
                 "active": _named(slot.active),
                 "previous": _named(slot.previous),
                 "candidate": _named(slot.candidate),
+                "transfer": _described(slot.transfer) if slot.transfer else "",
                 "last verdict": slot.verdict.outcome if slot.verdict else "",
                 "last refusal": slot.refusal or "",
             }
@@ -158,6 +159,18 @@ def version() -> int:
 
 def _named(model: ModelRef | None) -> str:
     return f"{model.version} ({model.digest[:8]})" if model else ""
+
+
+def _described(transfer: TransferStatus) -> str:
+    """How far it has come: `12.3 of 100.0 MB (12%), 4.5 MB/s, 19 s left`."""
+    parts = [
+        f"{transfer.bytes / 1e6:.1f} of {transfer.total / 1e6:.1f} MB ({transfer.bytes / max(transfer.total, 1):.0%})"
+    ]
+    if transfer.waiting:
+        parts.append(f"waits: {transfer.waiting}")
+    elif transfer.seconds_left is not None:
+        parts += [f"{transfer.rate_bytes_s / 1e6:.1f} MB/s", f"{transfer.seconds_left:.0f} s left"]
+    return ", ".join(parts)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from edge_agent.deployment import (
     StagingPostponed,
     VersionWithdrawn,
 )
+from edge_agent.inbox import Installation, Outcome
 from edge_agent.model_store import ModelStore
 from edge_agent.releases import Releases
 from edge_agent.settings import Settings
@@ -136,6 +137,21 @@ class Deployer:
     def metadata_arrived(self, payload: bytes) -> None:
         """A metadata set came from the broker."""
         self._updates.metadata_arrived(payload)
+
+    def install(self, bundle: Path) -> None:
+        """Have a bundle installed; `installed` says what became of it."""
+        self._updates.install(Installation(bundle, self.slots.keys()))
+
+    def installed(self) -> tuple[Path, Outcome] | None:
+        """A bundle and what became of it, once; `None` while it is under way, or there is none."""
+        done = self._updates.installed()
+        if done is None:
+            return None
+        outcome = done.outcome(self._wall_clock())
+        if outcome.accepted:  # else the refusal has been reported
+            text = f"the bundle {outcome.file} is accepted, metadata version {outcome.metadata_version}"
+            self._report(Event(at=outcome.at, kind="bundle_accepted", text=text))
+        return done.path, outcome
 
     def children(self) -> list[Child[Any]]:
         """All living children."""
@@ -252,7 +268,7 @@ class Deployer:
                 kind="stager_died",
                 model=digest,
                 reason="stager_died",
-                text=f"the stager ended: {how}",
+                text=f"the stager ended while it qualified the model: {how}",
             )
         )
         self._tell(digest, StagerDied(digest, how))
@@ -368,6 +384,7 @@ def stager_settings(settings: Settings) -> StagerSettings:
         metadata_file=str(folder / "metadata.set"),
         built_at=Path(__file__).stat().st_mtime,
         broker=settings.broker,
+        max_rate=settings.transfer.max_rate,
     )
 
 

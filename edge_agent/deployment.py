@@ -817,6 +817,6 @@ def decode(data: bytes) -> State:
     """
     try:
         state: State = _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Misconfigured(f"the stored deployment state cannot be read: {error}") from error
     return state

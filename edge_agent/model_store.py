@@ -47,7 +47,8 @@ class ModelStore:
         self._opened: tuple[Path, bytes] | None = None
         for part in (self._models, self._chunks):
             try:
-                disk.make_folder(part)
+                if not disk.is_folder(part):
+                    disk.make_folder(part)
             except OSError as error:
                 raise Misconfigured(f"cannot use the folder {part}: {error.strerror}") from error
 
@@ -56,17 +57,20 @@ class ModelStore:
         return self._models / f"{checked_digest(digest)}{MODEL_SUFFIX}"
 
     def __contains__(self, digest: str) -> bool:
-        return self._disk.is_file(self.path(digest))
+        with disk_errors(self._models, 0, self._disk):
+            return self._disk.is_file(self.path(digest))
 
     def remove_leftovers(self) -> None:
-        """Remove what a writer that was killed left half-written. For the one process that may write.
+        """Clean up after a writer that was killed, and make durable what it had just stored. For the next writer.
 
         Raises:
             Unavailable: The disk failed.
         """
         for folder in (self._models, self._chunks):
             with disk_errors(folder, 0, self._disk):
+                self._disk.make_folder(folder)
                 remove_leftovers(folder, self._disk)
+                self._disk.sync_folder(folder)
 
     def put(self, data: bytes) -> str:
         """Store a model durably. Returns its digest.
@@ -121,7 +125,8 @@ class ModelStore:
             wanted: Digests of the chunks to look for, e.g. all of a manifest.
         """
         sought = {digest for digest in wanted if self._chunk(digest) is None}
-        models = sorted(self._disk.names(self._models)) if sought else []
+        with disk_errors(self._models, 0, self._disk):
+            models = sorted(self._disk.names(self._models)) if sought else []
         for path in (self._models / name for name in models if name.endswith(MODEL_SUFFIX)):
             data = self._content(path)
             for start in range(0, len(data), CHUNK_BYTES):

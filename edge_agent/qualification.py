@@ -7,8 +7,10 @@
     golden_mismatch        it does not give the reference answers, on this CPU, with this runtime
     not_finite             it answers NaN or infinity
     inference_failed       the runtime reports an error
+    out_of_memory          it needs more than this process may take (`edge_agent.limits`)
 
-A model that is refused here would be refused each time, on this device with this runtime.
+A model that is refused here would be refused each time, on this device with this runtime. Some models get no answer:
+they crash the runtime, or never come to an end. That ends the process, and the supervisor counts the deaths.
 """
 
 from __future__ import annotations

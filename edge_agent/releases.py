@@ -13,8 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.durable import OS_DISK, Disk, disk_errors, remove_leftovers, write_durably
-from protocol.errors import Unavailable
+from protocol.durable import OS_DISK, Disk, disk_errors, open_folder, write_durably
 from protocol.release import Release
 from protocol.topics import checked_name
 
@@ -38,13 +37,7 @@ class Releases:
         self._folder = folder
         self._disk = disk
         self._known: dict[Named, Release] = {}
-        with disk_errors(folder, 0, disk):
-            if not disk.is_folder(folder):
-                disk.make_folder(folder)
-        try:
-            remove_leftovers(folder, disk)
-        except OSError as error:
-            log.warning("cannot clean %s: %s", folder, error)
+        open_folder(folder, disk)
 
     def keep(self, release: Release) -> None:
         """Remember a verified release, durably.
@@ -67,7 +60,7 @@ class Releases:
                 self._known[name] = _checked(self._disk.read(path))
             except FileNotFoundError:
                 return None
-            except (ValueError, OSError) as error:
+            except (ValueError, RecursionError, OSError) as error:
                 log.error("cannot read %s: %s", path, error)
         return self._known.get(name)
 

@@ -59,6 +59,16 @@ class OutboxSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     window: Annotated[int, Meta(ge=1, le=64)] = 8
 
 
+class TransferSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[transfer]` table.
+
+    Attributes:
+        max_rate: How many bytes per second of a model to ask for; 0 for as many as come.
+    """
+
+    max_rate: Annotated[int, Meta(ge=0, le=1024 * MIB)] = 0
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file. `load` makes its paths absolute and fills in those that are empty.
 
@@ -73,6 +83,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         telemetry_seconds: Between two telemetry messages.
         slots: By name; the first one also answers for slots that do not exist.
         outbox: Transitions on their way to the host.
+        transfer: How models come.
     """
 
     slots: Annotated[dict[str, SlotSettings], Meta(min_length=1)]
@@ -85,6 +96,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sys_root: str = "/sys"
     telemetry_seconds: Annotated[float, Meta(ge=0.1, le=3_600)] = 5.0
     outbox: OutboxSettings = OutboxSettings()
+    transfer: TransferSettings = TransferSettings()
 
     def __post_init__(self) -> None:
         """Names become levels of topics."""

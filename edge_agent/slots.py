@@ -43,6 +43,7 @@ from edge_agent.deployment import (
 from edge_agent.handover import Death, Handover
 from edge_agent.histogram import Histogram
 from edge_agent.judge import JudgeSettings, TrialJudge, WatchJudge
+from edge_agent.limits import MODEL_MEMORY_BYTES
 from edge_agent.model_store import LOST_MODEL
 from edge_agent.settings import BATTLE_END, SlotSettings
 from edge_agent.staging import Progress
@@ -364,6 +365,7 @@ class Slot:
             seed=seed,
             duty=self._settings.trial_duty,
             interval_s=interval_s,
+            memory_bytes=MODEL_MEMORY_BYTES,
             old_inputs=old_inputs,
             new_inputs=new_inputs,
         )

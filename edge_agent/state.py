@@ -17,7 +17,7 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from protocol.durable import OS_DISK, Disk, disk_errors, remove_leftovers, write_durably
+from protocol.durable import OS_DISK, Disk, disk_errors, open_folder, write_durably
 from protocol.errors import Misconfigured, Unavailable
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class Record:
         self.damaged = not valid and any(used for _, _, used in found)
         if self.damaged:
             self._set_aside()
+        if valid:
+            self._settle(self._copies[newest])
         self._prepare()
 
     def write(self, content: bytes) -> None:
@@ -71,11 +73,11 @@ class Record:
         numbers = _NUMBERS.pack(self._sequence + 1, len(content))
         block = hashlib.sha256(numbers + content).digest() + numbers + content
         copy = self._copies[self._next]
-        if self._disk.is_file(copy):
-            with disk_errors(copy.parent, 0, self._disk):
+        with disk_errors(copy.parent, 0, self._disk):
+            if self._disk.is_file(copy):
                 self._disk.overwrite(copy, block, sync=True)
-        else:
-            write_durably(copy, block.ljust(self._size, b"\0"), disk=self._disk)
+            else:
+                write_durably(copy, block.ljust(self._size, b"\0"), disk=self._disk)
         self._sequence += 1
         self._next = 1 - self._next
         self.content = content
@@ -89,8 +91,16 @@ class Record:
             except OSError as error:
                 log.warning("cannot set %s aside: %s", copy, error)
 
+    def _settle(self, copy: Path) -> None:
+        """Sync what was read: who wrote it may have been killed before it did, and what follows must not outlive it."""
+        try:
+            with disk_errors(copy.parent, 0, self._disk):
+                self._disk.overwrite(copy, self._disk.read(copy), sync=True)
+        except Unavailable as error:
+            log.warning("cannot sync a state that was read: %s", error)
+
     def _prepare(self) -> None:
-        """Take the room that later writes will need; and the place of a copy of a wrong size, or that cannot be read."""
+        """Take the room that later writes will need, also in place of a copy that cannot be read."""
         for copy in self._copies:
             try:
                 if not self._is_whole(copy):
@@ -134,17 +144,11 @@ class StateStore:
         lost: Slots whose state was there and is damaged.
 
     Raises:
-        Unavailable: The disk failed before there was anything to read.
+        Unavailable: The folder cannot be made.
     """
 
     def __init__(self, folder: Path, slots: Collection[str], disk: Disk = OS_DISK) -> None:
-        with disk_errors(folder, 0, disk):
-            if not disk.is_folder(folder):
-                disk.make_folder(folder)
-        try:
-            remove_leftovers(folder, disk)
-        except OSError as error:
-            log.warning("cannot clean %s: %s", folder, error)
+        open_folder(folder, disk)
         self._slots = {slot: Record(folder / f"slot-{slot}", SLOT_BYTES, disk) for slot in slots}
         self._run = Record(folder / "run", RUN_BYTES, disk)
         self.lost = tuple(slot for slot, record in self._slots.items() if record.damaged)

@@ -19,6 +19,7 @@ from edge_agent import children
 from edge_agent.battles import BattleBook
 from edge_agent.children import FromTrial, FromWorker
 from edge_agent.deployer import Deployer, Starters
+from edge_agent.inbox import FOLDER, Inbox
 from edge_agent.outbox import Outbox
 from edge_agent.reporting import OFFLINE, Reporting
 from edge_agent.settings import Settings
@@ -86,6 +87,7 @@ class Supervisor:
             on_connected=self._connected,
             will=Will(topics.fleet(settings.device, "availability"), OFFLINE, 1, retain=True),
         )
+        self._inbox = Inbox(self._folder / FOLDER)
         self._deployer = Deployer(
             settings,
             STARTERS,
@@ -102,6 +104,7 @@ class Supervisor:
         now = time.monotonic()
         self._link.subscribe((topics.METADATA, 1), (topics.fleet(self._settings.device, "ack"), 1))
         self._deployer.begin(now)
+        self._inbox.start()
         while not self._stopped(now):
             now = time.monotonic()
             if should_stop() and self._stopping_since is None:
@@ -111,17 +114,31 @@ class Supervisor:
 
     def _turn(self) -> None:
         living = [child for child in self._deployer.children() if not child.channel.closed]
-        readables = self._link.turn(TURN_S, also=living)
+        readables = self._link.turn(TURN_S, also=[*living, self._inbox])
         now = time.monotonic()  # only now: looking up the broker's name may have taken long, and is no worker's fault
         for readable in readables:
-            self._deployer.receive(readable, now)
+            if readable is self._inbox:
+                self._inbox.changed()
+            else:
+                self._deployer.receive(readable, now)
         self._deployer.tick(now)
+        if self._stopping_since is None:
+            self._sideload(now)
         self._streaming.tick(self._link, now)
         self._reporting.tick(self._link, self._status(), now)
         if now >= self._telemetry_at:
             self._telemetry_at = now + self._settings.telemetry_seconds
             self._send_telemetry(now)
         self._tell_service(now)
+
+    def _sideload(self, now: float) -> None:
+        """Tell what became of a bundle, and take the next one out of the inbox."""
+        done = self._deployer.installed()
+        if done is not None:
+            self._inbox.finished(*done, now)
+        bundle = self._inbox.next(now)
+        if bundle is not None:
+            self._deployer.install(bundle)
 
     # The broker.
 
@@ -205,6 +222,7 @@ class Supervisor:
         for child in self._deployer.children():
             log.warning("%s did not leave in time; killing it", child.name)
             child.kill()
+        self._inbox.close()
         self._streaming.close(now)
         self._reporting.leaving(self._link)
         self._link.close()

@@ -66,8 +66,7 @@ class Trial:
         self._channel = channel
         self._old = _load(assignment.old, assignment.threads)
         before = psutil.Process().memory_info().rss
-        if assignment.memory_bytes:
-            limits.limit_memory(assignment.memory_bytes)
+        limits.limit_memory(assignment.memory_bytes)
         try:
             self._new = _load(assignment.new, assignment.threads)
         except Rejected as error:

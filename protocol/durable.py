@@ -9,7 +9,9 @@ place: one that fails, fills up, and loses at a power cut whatever was not synce
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 from protocol.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -87,6 +91,8 @@ class OsDisk:
         if not folder.is_dir():
             self.make_folder(folder.parent)
             folder.mkdir(exist_ok=True)
+            with contextlib.suppress(PermissionError):  # where we may not even look, we have made nothing
+                self.sync_folder(folder.parent.parent)  # who made the folder above may have been killed before this
             self.sync_folder(folder.parent)
 
     def write(self, path: Path, pieces: Iterable[bytes], *, sync: bool) -> None:
@@ -141,9 +147,7 @@ def write_durably(path: Path, data: bytes, *, sync: bool = True, disk: Disk = OS
     write_pieces(path, (data,), len(data), sync=sync, disk=disk)
 
 
-def write_pieces(
-    path: Path, pieces: Iterable[bytes], size: int, *, sync: bool = True, disk: Disk = OS_DISK
-) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes], size: int, *, sync: bool = True, disk: Disk = OS_DISK) -> None:
     """As `write_durably`, for `size` bytes that come in pieces. An error in `pieces` leaves `path` as it was."""
     temporary = path.with_name(f".{path.name}.new")
     with disk_errors(path.parent, size, disk):
@@ -158,11 +162,29 @@ def write_pieces(
 
 
 def remove_leftovers(folder: Path, disk: Disk = OS_DISK) -> int:
-    """Remove the temporary files of a writer that was killed. Returns how many."""
+    """Remove what a writer that was killed left half-written. Returns how many files that were."""
     left = [name for name in disk.names(folder) if name.startswith(".") and name.endswith(".new")]
     for name in left:
         disk.remove(folder / name)
     return len(left)
+
+
+def open_folder(folder: Path, disk: Disk = OS_DISK) -> None:
+    """Make a folder, if it is not there, and clean up after a writer that was killed.
+
+    What such a writer had just renamed is made durable. A folder that is there serves also where it cannot be written.
+
+    Raises:
+        Unavailable: It is not there and cannot be made.
+    """
+    try:
+        disk.make_folder(folder)
+        remove_leftovers(folder, disk)
+        disk.sync_folder(folder)
+    except OSError as error:
+        if not disk.is_folder(folder):
+            raise Unavailable(f"cannot make {folder}: {error.strerror or error}") from error
+        log.warning("cannot clean up in %s: %s", folder, error)
 
 
 def require_free(folder: Path, needed_bytes: int, reserve_bytes: int = 0, disk: Disk = OS_DISK) -> None:

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from protocol.errors import ErrorCode, Rejected
 
 State = Mapping[str, Any]
+
+# Absent entities are padded, so it is the spec and not the state that says how long the vector becomes.
+MAX_ENTITIES = 4096
 
 # The vector goes into float32 tensors.
 _MOST = 3.4028234e38
@@ -55,7 +58,7 @@ class Group(Struct, frozen=True, kw_only=True):
     """
 
     path: str
-    maximum: int
+    maximum: Annotated[int, Meta(ge=0, le=MAX_ENTITIES)]
     features: tuple[Feature, ...]
 
 

@@ -26,6 +26,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from protocol.codec import MAX_PAYLOAD_BYTES
 from protocol.errors import Misconfigured, Unavailable
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ CONNECT_TIMEOUT_S = 2.0
 FIRST_RETRY_S = 0.2
 LAST_RETRY_S = 15.0
 MAX_PACKETS_PER_TURN = 512
+# The largest payload, with topic and properties. The broker keeps larger ones to itself (MQTT 5 section 3.1.2.11.4).
+MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4 * 1024
 UNLIMITED = 0
 
 
@@ -269,7 +272,9 @@ class Link:
             _secure(client, broker)
         except OSError as error:
             raise Misconfigured(f"cannot read the broker's TLS or password files: {error}") from error
-        client.connect_async(broker.host, broker.port, broker.keepalive_s, clean_start=True)
+        limits = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        limits.MaximumPacketSize = MAX_PACKET_BYTES
+        client.connect_async(broker.host, broker.port, broker.keepalive_s, clean_start=True, properties=limits)
         return client
 
     def _connect_when_due(self, now: float) -> None:

@@ -127,7 +127,8 @@ def from_target(path: str, length: int, digest: str, custom: object) -> Release:
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
         release = msgspec.convert({**fields, "digest": digest, "length": length}, Release)
-    except (msgspec.DecodeError, RecursionError) as error:
+        msgspec.msgpack.encode(release)  # it is to be passed on, and whole numbers end at 64 bits there
+    except (ValueError, OverflowError, RecursionError) as error:  # a ValueError also for text that is none
         raise Rejected("bad_release", f"target {path}: {error}", "custom") from error
     checked_name(release.slot, "slot")
     checked_digest(release.digest)

@@ -15,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from protocol import link as link_module
+from protocol.codec import MAX_PAYLOAD_BYTES
 from protocol.errors import Misconfigured, Unavailable
 from protocol.link import Broker, Link, Message, Will
 from trainer_host.private_broker import PrivateBroker
@@ -34,6 +35,13 @@ class Guarded(PrivateBroker):
     def _config(self, port: int) -> str:
         lines = super()._config(port).replace("allow_anonymous true", "allow_anonymous false")
         return lines + f"password_file {self._folder / 'passwords'}\n"
+
+
+class Generous(PrivateBroker):
+    """A broker that takes payloads of any size, as Mosquitto does unless it is told otherwise."""
+
+    def _config(self, port: int) -> str:
+        return "\n".join(line for line in super()._config(port).splitlines() if "max_packet_size" not in line) + "\n"
 
 
 class Party:
@@ -225,6 +233,28 @@ def test_a_turn_names_other_things_that_can_be_read_with_and_without_a_connectio
         alone = Link(Broker(port=1), "nobody", on_message=lambda _message: None)
         assert alone.turn(5.0, also=[ours]) == [ours]
         assert not alone.connected
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_largest_payload_arrives_and_what_is_larger_stays_at_the_broker(tmp_path: Path, retain: bool) -> None:
+    with Generous(tmp_path / "broker") as broker:
+        party = Party(broker.port)
+        heard: list[Message] = []
+        confirmed: list[int] = []
+        writer = party.join("writer", on_published=confirmed.append)
+        if not retain:
+            party.subscribed("reader", heard, ("#", 1))
+        for name, size in (("huge", 10_000_000), ("large", 150_000), ("0" * 100, MAX_PAYLOAD_BYTES)):
+            writer.publish(name, bytes(size), qos=1, retain=retain)
+        party.until(lambda: len(confirmed) == 3)
+        if retain:
+            party.subscribed("reader", heard, ("#", 1))
+        writer.publish("last", b"x", qos=1)
+        party.until(lambda: heard and heard[-1].topic == "last")
+        assert [len(message.payload) for message in heard] == [MAX_PAYLOAD_BYTES, 1]
+        for link in party.links:
+            assert link.connected
+            link.close()
 
 
 @pytest.mark.parametrize("host", ["broker.example", "192.0.2.1", "10.0.0.1"])

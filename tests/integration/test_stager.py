@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
+import resource
 import select
+import sys
 import threading
 import time
 import zlib
@@ -23,6 +25,7 @@ from edge_agent.staging import (
     MetadataVerified,
     Postponed,
     Progress,
+    Qualifying,
     Quit,
     Refused,
     Staged,
@@ -76,9 +79,10 @@ class Host:
     """The chunk server on a connection of its own, in a thread; `meddle` may drop or alter what it sends."""
 
     def __init__(self, broker: Broker, repository: Repository) -> None:
-        self.server = ChunkServer(repository)
+        self.server = ChunkServer(repository, gather_s=0.0)
         self.meddle: Callable[[Publication], Publication | None] = lambda publication: publication
         self.requests: list[ChunkRequest] = []
+        self.deaf_to: set[str] = set()
         self._decoder: Decoder[ChunkRequest] = Decoder(ChunkRequest)
         self._link = Link(
             broker,
@@ -94,6 +98,12 @@ class Host:
         self._thread.start()
         assert self._listening.wait(DEADLINE_S)
 
+    def heard_from(self, device: str) -> bool:
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline and not any(request.device == device for request in self.requests):
+            time.sleep(0.01)
+        return any(request.device == device for request in self.requests)
+
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join()
@@ -101,12 +111,14 @@ class Host:
     def _requested(self, message: Message) -> None:
         request = self._decoder.decode(message.payload)
         self.requests.append(request)
-        self.server.requested(request)
+        if request.device in self.deaf_to:
+            return
+        self.server.requested(request, time.monotonic())
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._link.turn(0.02)
-            while self._link.connected and (publication := self.server.next()) is not None:
+            while self._link.connected and (publication := self.server.next(time.monotonic())) is not None:
                 sent = self.meddle(publication)
                 if sent is None:
                     self.server.published()
@@ -211,14 +223,17 @@ def test_a_model_arrives_though_one_chunk_is_dropped_and_one_altered(
 
     host.meddle = meddle
     child = stagers.start(settings_of(tmp_path, broker, repository))
-    assert heard(child, MetadataVerified) == [MetadataVerified(2, (release,))]
+    (verified,) = heard(child, MetadataVerified)
+    assert isinstance(verified, MetadataVerified)
+    assert (verified.version, verified.releases) == (2, (release,))
     child.channel.send(StageModel(release.digest))
     said = heard(child, Staged)
     assert faults == {}
     assert said[-1] == Staged(release.digest)
     progress = [message for message in said if isinstance(message, Progress)]
-    assert len(progress) == len(said) - 1
-    assert progress[-1] == Progress(release.digest, len(model), len(model))
+    assert said[-2:] == [Qualifying(release.digest), Staged(release.digest)]
+    assert len(progress) == len(said) - 2
+    assert (progress[-1].digest, progress[-1].bytes, progress[-1].total) == (release.digest, len(model), len(model))
     assert [message.bytes for message in progress] == sorted(message.bytes for message in progress)
     assert ModelStore(tmp_path / "store").open(release.digest) == model
     assert host.server.published_chunks == release.chunk_count + 1 + 2
@@ -271,6 +286,107 @@ def test_a_stager_that_is_killed_half_way_is_followed_by_one_that_resumes(
     # What the first had asked for may still have been on its way; the rest is what was withheld.
     assert host.server.published_chunks - before <= release.chunk_count - 8 + settings.window
     assert ModelStore(tmp_path / "store").open(release.digest) == model
+
+
+def test_a_fine_tuned_model_costs_the_chunks_that_differ_from_the_one_that_is_here(
+    tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
+) -> None:
+    older = large_model()
+    newer = older[: 12 * CHUNK_BYTES + 100] + os.urandom(len(older) - 12 * CHUNK_BYTES - 100)
+    release = release_of(newer)
+    repository.release(release, newer, datetime.now(UTC))
+    store = ModelStore(tmp_path / "store")
+    store.put(older)
+    child = stagers.start(settings_of(tmp_path, broker, repository))
+    heard(child, MetadataVerified)
+    child.channel.send(StageModel(release.digest))
+    heard(child, Staged)
+    assert host.server.published_chunks == 1 + release.chunk_count - 12
+    assert len(list((tmp_path / "store" / "chunks").iterdir())) == 1 + release.chunk_count - 12
+    assert store.open(release.digest) == newer
+
+
+@pytest.mark.linux
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
+def test_a_disk_that_is_full_postpones_the_model_and_room_is_all_it_takes(
+    tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
+) -> None:
+    model = large_model()
+    release = release_of(model)
+    repository.release(release, model, datetime.now(UTC))
+    child = stagers.start(settings_of(tmp_path, broker, repository))
+    heard(child, MetadataVerified)
+    unlimited = resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (len(model) // 2, resource.RLIM_INFINITY))
+    child.channel.send(StageModel(release.digest))
+    postponed = heard(child, Postponed)[-1]
+    assert isinstance(postponed, Postponed)
+    assert (postponed.digest, postponed.reason) == (release.digest, "no_space")
+    assert list((tmp_path / "store" / "models").iterdir()) == []
+    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, unlimited)
+    child.channel.send(StageModel(release.digest))
+    assert heard(child, Staged)[-1] == Staged(release.digest)
+    assert host.server.published_chunks == 1 + release.chunk_count
+
+
+def test_a_second_stager_waits_for_one_that_is_ending(
+    tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
+) -> None:
+    """The first one's supervisor was killed, say: it goes on for a moment, and then sees that it is alone."""
+    settings = settings_of(tmp_path, broker, repository)
+    first = stagers.start(settings)
+    heard(first, MetadataVerified)
+    second = stagers.start(settings)
+    select.select([second.channel], [], [], 2.0)
+    assert second.channel.receive() == []
+    first.channel.close()
+    assert [type(message) for message in heard(second, MetadataVerified)] == [MetadataVerified]
+    assert has_ended(first)
+
+
+def test_a_rate_limit_is_kept(
+    tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
+) -> None:
+    """A megabyte at 400 kB/s, of which the first second's come at once: 1.5 s at least."""
+    model = large_model()
+    release = release_of(model)
+    repository.release(release, model, datetime.now(UTC))
+    child = stagers.start(msgspec.structs.replace(settings_of(tmp_path, broker, repository), max_rate=400_000))
+    heard(child, MetadataVerified)
+    began = time.monotonic()
+    child.channel.send(StageModel(release.digest))
+    heard(child, Staged)
+    assert time.monotonic() - began >= (len(model) - 400_000 - CHUNK_BYTES) / 400_000
+
+
+def test_what_another_device_asks_for_is_taken(
+    tmp_path: Path, broker: PrivateBroker, repository: Repository, host: Host, stagers: Stagers
+) -> None:
+    """Two devices, one of which may ask for nothing: it gets all the same what it listens to."""
+    model = large_model()
+    release = release_of(model)
+    repository.release(release, model, datetime.now(UTC))
+    host.deaf_to.add("pi-2")
+    here = settings_of(tmp_path, broker, repository)
+    asking = msgspec.structs.replace(here, window=8, ahead=0)
+    listening = msgspec.structs.replace(
+        here,
+        device="pi-2",
+        folder=str(tmp_path / "other"),
+        trust_folder=str(tmp_path / "other-trust"),
+        window=4,
+        ahead=12,
+        attempts=60,
+    )
+    both = [stagers.start(listening), stagers.start(asking)]
+    for child in both:
+        heard(child, MetadataVerified)
+    ModelStore(tmp_path / "other").put_chunk(manifest_of(chunked(model)))
+    both[0].channel.send(StageModel(release.digest))
+    assert host.heard_from("pi-2")
+    both[1].channel.send(StageModel(release.digest))
+    for child in both:
+        assert heard(child, Staged)[-1] == Staged(release.digest)
+    assert host.server.published_chunks == 1 + release.chunk_count
 
 
 def test_a_chunk_that_is_wrong_each_time_postpones_the_model(

@@ -194,7 +194,11 @@ def test_the_newest_release_of_a_slot_is_staged_and_served(scene: Scene) -> None
     scene.leaves(stager)
     assert scene.serves() == 2
     status = scene.deployer.statuses()["combat"]
-    assert (status.active, status.ready, scene.deployer.metadata_version) == (ModelRef(digest=TWO.digest, version=2), True, 7)
+    assert (status.active, status.ready, scene.deployer.metadata_version) == (
+        ModelRef(digest=TWO.digest, version=2),
+        True,
+        7,
+    )
 
 
 def test_a_pinned_version_is_served_instead_of_the_newest_and_the_event_says_whose_wish_it_is(scene: Scene) -> None:

@@ -97,9 +97,7 @@ def test_history_shows_what_happened_the_newest_last(config: Path) -> None:
     (config.parent / "state").mkdir()
     store = Trail(config.parent / "state" / "trail.db")
     for number, slot in enumerate(("combat", "movement", "combat")):
-        store.add(
-            Event(at=float(number), kind="staged", slot=slot, model="b" * 64, version=number, text=f"n{number}")
-        )
+        store.add(Event(at=float(number), kind="staged", slot=slot, model="b" * 64, version=number, text=f"n{number}"))
     store.close()
     done = agent("history", "--config", str(config))
     assert done.returncode == 0

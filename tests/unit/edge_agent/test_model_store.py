@@ -130,6 +130,40 @@ def test_no_more_is_written_than_the_model_may_have(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_chunks_of_a_model_that_is_here_count_as_here_and_are_taken_from_it(tmp_path: Path) -> None:
+    tuned = MODEL[:CHUNK_BYTES] + OTHER + MODEL[CHUNK_BYTES + len(OTHER) :]
+    manifest = manifest_digests(manifest_of(chunked(tuned)))
+    older = ModelStore(tmp_path)
+    older.put(OTHER)
+    older.put(MODEL)
+    store = ModelStore(tmp_path)
+    assert [store.has_chunk(digest) for digest in manifest] == [False, False, False]
+    store.index_models(manifest)
+    assert [store.has_chunk(digest) for digest in manifest] == [True, False, True]
+    assert store.chunk(manifest[0]) == MODEL[:CHUNK_BYTES]
+    store.put_chunk(chunked(tuned)[1])
+    store.assemble(manifest, sha(tuned), len(tuned))
+    assert store.open(sha(tuned)) == tuned
+    assert len([name for name in files(tmp_path) if name.startswith("chunks/")]) == 1
+
+
+def test_an_indexed_model_that_rots_or_goes_before_it_is_used_only_costs_a_fetch(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    digest = store.put(MODEL)
+    manifest = manifest_digests(manifest_of(chunked(MODEL)))
+    store.index_models(manifest)
+    store.path(digest).write_bytes(b"?" + MODEL[1:])
+    with pytest.raises(Unavailable, match="not here"):
+        store.chunk(manifest[0])
+    assert store.chunk(manifest[1]) == chunked(MODEL)[1]
+    again = ModelStore(tmp_path)
+    again.index_models(manifest)
+    assert [again.has_chunk(digest) for digest in manifest] == [False, True, True]
+    again.path(digest).unlink()
+    with pytest.raises(Unavailable, match="not here"):
+        again.assemble(manifest, digest, len(MODEL))
+
+
 def test_only_what_is_pinned_stays(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     kept, gone = store.put(MODEL), store.put(OTHER)

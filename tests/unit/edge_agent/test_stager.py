@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]
     Timestamp,
 )
 
+from edge_agent import stager
 from edge_agent.channel import Channel
 from edge_agent.model_store import ModelStore
 from edge_agent.stager import Stager
@@ -32,6 +34,7 @@ from edge_agent.staging import (
     FromStager,
     MetadataVerified,
     Postponed,
+    Qualifying,
     Quit,
     Refused,
     Staged,
@@ -39,10 +42,12 @@ from edge_agent.staging import (
     StagerSettings,
     ToStager,
 )
+from protocol.bundle import bundled
 from protocol.codec import MAX_PAYLOAD_BYTES, encode
 from protocol.errors import Misconfigured, Rejected, Unavailable
 from protocol.features import Feature, FeatureSpec
 from protocol.link import Broker
+from protocol.lock import only_daemon
 from protocol.messages import MetadataSet
 from protocol.release import Golden, Release, Tensor, chunked, manifest_of, to_custom
 
@@ -150,12 +155,15 @@ def supervisor() -> Iterator[Supervisor]:
 def test_reports_what_is_released_and_ends_when_there_is_nothing_to_do(
     settings: StagerSettings, supervisor: Supervisor
 ) -> None:
-    assert supervisor.run(settings, Quit()) == [MetadataVerified(1, RELEASES)]
+    (said,) = supervisor.run(settings, Quit())
+    assert isinstance(said, MetadataVerified)
+    assert (said.version, said.releases, said.wishes, said.refused) == (1, RELEASES, (), ())
+    assert len(said.signed_by) == 1
 
 
 def test_ends_when_no_task_comes(settings: StagerSettings, supervisor: Supervisor) -> None:
     started = time.monotonic()
-    assert supervisor.run(settings) == [MetadataVerified(1, RELEASES)]
+    assert [type(message) for message in supervisor.run(settings)] == [MetadataVerified]
     assert time.monotonic() - started >= settings.idle_s
 
 
@@ -167,12 +175,12 @@ def test_ends_when_the_supervisor_has_gone(settings: StagerSettings, supervisor:
 
 def test_a_model_that_is_here_already_needs_no_broker(settings: StagerSettings, supervisor: Supervisor) -> None:
     ModelStore(Path(settings.folder)).put(MODEL)
-    assert supervisor.run(settings, StageModel(GOOD.digest))[1:] == [Staged(GOOD.digest)]
+    assert supervisor.run(settings, StageModel(GOOD.digest))[1:] == [Qualifying(GOOD.digest), Staged(GOOD.digest)]
 
 
 def test_a_model_that_does_not_qualify_is_refused(settings: StagerSettings, supervisor: Supervisor) -> None:
     ModelStore(Path(settings.folder)).put(b"no model")
-    (answer,) = supervisor.run(settings, StageModel(BROKEN.digest))[1:]
+    _, answer = supervisor.run(settings, StageModel(BROKEN.digest))[1:]
     assert isinstance(answer, Refused)
     assert (answer.digest, answer.reason) == (BROKEN.digest, "bad_model")
 
@@ -184,7 +192,7 @@ def test_a_file_that_rotted_is_no_bad_model(settings: StagerSettings) -> None:
     store.path(GOOD.digest).write_bytes(MODEL[:-1] + b"?")
     for expected in (Postponed, Staged):
         supervisor = Supervisor()
-        (answer,) = supervisor.run(settings, StageModel(GOOD.digest))[1:]
+        *_, answer = supervisor.run(settings, StageModel(GOOD.digest))
         assert isinstance(answer, expected)
         assert answer.digest == GOOD.digest
         if isinstance(answer, Postponed):
@@ -215,17 +223,64 @@ def test_chunks_that_are_all_here_are_joined(settings: StagerSettings, superviso
     store = ModelStore(Path(settings.folder))
     store.put_chunk(MODEL)
     store.put_chunk(manifest_of([MODEL]))
-    assert supervisor.run(settings, StageModel(GOOD.digest))[1:] == [Staged(GOOD.digest)]
+    assert supervisor.run(settings, StageModel(GOOD.digest))[1:] == [Qualifying(GOOD.digest), Staged(GOOD.digest)]
     assert store.open(GOOD.digest) == MODEL
 
 
 def test_without_room_a_model_is_postponed(settings: StagerSettings, supervisor: Supervisor) -> None:
-    ModelStore(Path(settings.folder)).put_chunk(manifest_of([MODEL]))
     full = msgspec.structs.replace(settings, reserve_bytes=1 << 60)
     (answer,) = supervisor.run(full, StageModel(GOOD.digest))[1:]
     assert isinstance(answer, Postponed)
     assert (answer.digest, answer.reason) == (GOOD.digest, "no_space")
-    assert f"needs {2 * len(MODEL)} bytes" in answer.text
+    assert f"needs {len(MODEL)} bytes" in answer.text
+
+
+def test_without_room_for_the_chunks_besides_a_model_is_postponed(
+    settings: StagerSettings, supervisor: Supervisor
+) -> None:
+    ModelStore(Path(settings.folder)).put_chunk(manifest_of([MODEL]))
+    free = shutil.disk_usage(settings.folder).free
+    nearly_full = msgspec.structs.replace(settings, reserve_bytes=free - len(MODEL) - 1)
+    (answer,) = supervisor.run(nearly_full, StageModel(GOOD.digest))[1:]
+    assert isinstance(answer, Postponed)
+    assert (answer.digest, answer.reason) == (GOOD.digest, "no_space")
+
+
+def test_what_a_killed_stager_left_half_written_is_removed(settings: StagerSettings, supervisor: Supervisor) -> None:
+    store = ModelStore(Path(settings.folder))
+    left = store.path(GOOD.digest).with_name(f".{GOOD.digest}.tflite.new")
+    left.write_bytes(MODEL[:100])
+    supervisor.run(settings, Quit())
+    assert not left.exists()
+
+
+def test_while_another_stager_lives_nothing_is_touched(
+    settings: StagerSettings, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stager, "PREDECESSOR_S", 0.1)
+    left = ModelStore(Path(settings.folder)).path(GOOD.digest).with_name(f".{GOOD.digest}.tflite.new")
+    left.write_bytes(MODEL[:100])
+    with only_daemon(Path(settings.folder), "stager"), pytest.raises(Unavailable, match="another stager"):
+        supervisor.run(settings, Quit())
+    assert left.exists()
+    assert supervisor.channel.receive() == []
+    assert not Path(settings.trust_folder).exists()
+
+
+def test_a_bundle_needs_neither_broker_nor_metadata_file_and_leaves_the_set_it_had(
+    settings: StagerSettings, supervisor: Supervisor, tmp_path: Path
+) -> None:
+    kept = Path(settings.metadata_file)
+    payload = kept.read_bytes()
+    kept.unlink()
+    bundle = tmp_path / "bundle"
+    bundle.write_bytes(b"".join(bundled(payload, [manifest_of([MODEL]), MODEL])))
+    from_bundle = msgspec.structs.replace(settings, bundle=str(bundle))
+    assert supervisor.run(from_bundle, StageModel(GOOD.digest))[-1] == Staged(GOOD.digest)
+    postponed = supervisor.run(from_bundle, StageModel(BROKEN.digest))[-1]
+    assert isinstance(postponed, Postponed)
+    assert (postponed.digest, postponed.reason) == (BROKEN.digest, "incomplete_bundle")
+    assert kept.read_bytes() == payload
 
 
 def test_without_a_broker_a_model_is_postponed(settings: StagerSettings, supervisor: Supervisor) -> None:

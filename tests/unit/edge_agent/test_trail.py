@@ -73,7 +73,6 @@ def test_history_of_an_agent_that_never_ran_is_unavailable(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-
 def test_a_damaged_file_is_set_aside_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "trail.db"
     path.write_bytes(b"garbage" * 1000)

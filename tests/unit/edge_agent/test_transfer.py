@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.transfer import LONGEST_WAIT_S, Transfer, bitmap
+from edge_agent.transfer import LISTEN_S, LONGEST_WAIT_S, POST_EVERY, Bucket, Meter, Transfer, bitmap
 from protocol.errors import Rejected
 
 
-def transfer_of(count: int, here: set[str] | None = None, **options: float) -> Transfer:
+def transfer_of(count: int, here: set[str] | None = None, **options: Any) -> Transfer:
     names = [f"c{index}" for index in range(count)]
-    return Transfer(names, [10] * count, here or set(), random.Random(1), **options)  # type: ignore[arg-type]
+    return Transfer(names, [10] * count, here or set(), random.Random(1), **options)
 
 
 def test_asks_for_a_window_and_tops_it_up_when_half_has_come() -> None:
@@ -22,7 +23,7 @@ def test_asks_for_a_window_and_tops_it_up_when_half_has_come() -> None:
     assert transfer.received("c2", 0.2, intact=True)
     assert transfer.ask(0.2) == {}
     assert transfer.received("c0", 0.3, intact=True)
-    assert transfer.ask(0.3) == {4: "c4", 5: "c5"}
+    assert transfer.ask(0.3) == {1: "c1", 3: "c3", 4: "c4", 5: "c5"}
     assert transfer.bytes_here == 20
     assert transfer.bytes_total == 100
     assert not transfer.done
@@ -104,18 +105,117 @@ def test_the_last_arrival_ends_the_waiting() -> None:
     assert not transfer.gave_up
 
 
-def test_a_flood_of_chunks_that_nobody_asked_for_is_ignored_and_counted() -> None:
-    transfer = transfer_of(40, window=4)
-    assert not transfer.received("c0", 0.0, intact=True)
+def test_what_is_not_missing_is_ignored_and_counted() -> None:
+    transfer = transfer_of(40, {"c39"}, window=4)
     transfer.ask(0.0)
-    for index in range(4, 40):
-        assert not transfer.received(f"c{index}", 0.1, intact=True)
+    assert not transfer.received("c39", 0.1, intact=True)
     assert not transfer.received("stranger", 0.1, intact=False)
-    assert transfer.unasked == 38
-    assert transfer.bytes_here == 0
+    assert not transfer.received("c5", 0.1, intact=False)  # nobody asked for it: who sends it is not to be believed
+    assert transfer.unasked == 3
+    assert transfer.wrong == {}
     assert transfer.received("c0", 0.2, intact=True)
     assert not transfer.received("c0", 0.3, intact=True)
-    assert transfer.bytes_here == 10
+    assert transfer.bytes_here == 20
+
+
+def test_what_others_asked_for_is_taken() -> None:
+    transfer = transfer_of(10, window=4, ahead=2)
+    transfer.ask(0.0)
+    transfer.ask(5.0)
+    assert transfer.received("c5", 5.1, intact=True)
+    assert transfer.ask(5.2) == {}
+    assert transfer.missing.keys() == {f"c{index}" for index in range(10)} - {"c5"}
+    for index in range(4):
+        transfer.received(f"c{index}", 5.3, intact=True)
+    assert transfer.ask(5.3) == {index: f"c{index}" for index in (4, 6, 7, 8)}
+
+
+def test_listens_to_what_is_asked_for_and_a_bounded_way_ahead() -> None:
+    transfer = transfer_of(6, window=4, ahead=2)
+    transfer.ask(0.0)
+    assert transfer.audible() == {f"c{index}" for index in range(6)}
+    transfer = transfer_of(1000, {"c4"}, window=4, ahead=2)
+    listened_until(transfer, 2.0)
+    assert transfer.ask(2.0) == {index: f"c{index}" for index in range(4)}
+    assert transfer.audible() == {"c0", "c1", "c2", "c3", "c5", "c6"}
+
+
+def test_half_a_window_of_what_others_asked_for_is_reported_though_nothing_asked_for_came() -> None:
+    transfer = transfer_of(12, window=4, ahead=8)
+    transfer.ask(0.0)
+    assert transfer.last is None
+    for index in (4, 5):
+        transfer.received(f"c{index}", 0.1, intact=True)
+        assert transfer.ask(0.1) == {}
+    transfer.received("c6", 0.2, intact=True)
+    assert transfer.ask(0.2) == {0: "c0", 1: "c1", 2: "c2", 3: "c3"}
+    assert transfer.last == 6
+
+
+def test_after_waiting_in_vain_nothing_counts_as_on_its_way() -> None:
+    transfer = transfer_of(8, window=4, timeout_s=1.0)
+    transfer.ask(0.0)
+    transfer.received("c0", 0.1, intact=True)
+    assert transfer.last == 0
+    assert transfer.ask(10.0) == {1: "c1", 2: "c2", 3: "c3"}
+    assert transfer.last is None
+
+
+def listened_until(transfer: Transfer, now: float) -> None:
+    """Let the time pass in which a large transfer only listens."""
+    assert transfer.ask(0.0) == {}
+    assert transfer.deadline is not None
+    assert LISTEN_S / 2 <= transfer.deadline <= LISTEN_S
+    assert transfer.ask(transfer.deadline - 0.001) == {}
+    assert transfer.deadline <= now
+
+
+def test_before_it_asks_a_large_transfer_listens_to_chunks_from_all_over_the_model() -> None:
+    transfer = transfer_of(1000, window=4, ahead=2)
+    assert transfer.ask(0.0) == {}
+    assert transfer.audible() == {f"c{index}" for index in range(0, 1000, POST_EVERY)}
+
+
+def test_who_hears_a_stream_joins_it_and_fetches_the_beginning_last() -> None:
+    transfer = transfer_of(100, window=4, ahead=2)
+    transfer.ask(0.0)
+    assert transfer.received("c64", 0.1, intact=True)
+    assert transfer.last is None  # what came right after it was not listened to
+    assert transfer.ask(0.1) == {index: f"c{index}" for index in (67, 68, 69, 70)}
+    assert transfer.audible() == {f"c{index}" for index in range(67, 73)}
+    for index in range(67, 100):
+        transfer.received(f"c{index}", 0.2, intact=True)
+    assert transfer.ask(0.3) == {index: f"c{index}" for index in range(4)}
+
+
+def test_a_rate_limited_transfer_asks_for_what_the_limit_lets_pass_and_listens_to_no_more() -> None:
+    bucket = Bucket(20.0)
+    transfer = transfer_of(1000, window=4, ahead=2, bucket=bucket)
+    assert transfer.ask(0.0) == {0: "c0", 1: "c1"}
+    assert transfer.audible() == {f"c{index}" for index in range(4)}
+    transfer.received("c0", 0.1, intact=True)
+    transfer.received("c1", 0.1, intact=True)
+    assert transfer.ask(0.2) == {}
+    assert transfer.deadline is None
+    assert transfer.ask(0.5) == {2: "c2"}
+    assert transfer.ask(0.6) == {}
+    assert transfer.ask(1.0) == {2: "c2", 3: "c3"}
+
+
+@pytest.mark.parametrize(("rate", "size"), [(100.0, 10), (100.0, 100), (10.0, 64)])
+def test_a_bucket_lets_pass_its_rate_on_average_and_a_seconds_worth_at_once(rate: float, size: int) -> None:
+    bucket = Bucket(rate)
+    passed = sum(size for tick in range(10_000) if bucket.take(size, tick / 100.0))
+    assert 99 * rate - size <= passed <= 101 * rate + size
+
+
+def test_a_meter_tells_the_rate_of_the_last_seconds() -> None:
+    meter = Meter()
+    assert meter.rate(1000, 10.0) == 0.0
+    assert meter.rate(1500, 10.5) == 1000.0
+    for second in range(11, 40):
+        rate = meter.rate(1500 + 100 * (second - 10), float(second))
+    assert rate == 100.0
 
 
 def test_wrong_data_is_asked_for_again_and_refused_the_second_time() -> None:

@@ -120,8 +120,8 @@ def test_the_table_has_a_row_for_each_slot() -> None:
         [DeviceRow("pi", 5.0, True, STATUS, TELEMETRY), DeviceRow("new", 9.0, None, None, None)], 12.0
     )
     assert list(combat.values()) == [
-        "pi", "yes", "7 s ago", "attic, upstairs", "combat", "trial", "0 (aaaaaaaa)", 0, "2", "rollback", "slower", "90 / ?", "61",
-        "throttled",
+        "pi", "yes", "7 s ago", "attic, upstairs", "combat", "trial", "0 (aaaaaaaa)", 0, "2", "rollback", "slower",
+        "90 / ?", "61", "throttled",
     ]  # fmt: skip
     assert movement["slot"] == "movement"
     assert movement["active"] == movement["pinned"] == movement["last refusal"] == movement["p50 / p99 µs"] == ""
