@@ -31,6 +31,7 @@ from edge_agent.settings import Settings
 from edge_agent.slots import Slot, Surroundings
 from edge_agent.staging import NO_SPACE, FromStager, MetadataVerified, StagerSettings
 from edge_agent.state import StateStore
+from edge_agent.trusted_time import BUILT_AT
 from edge_agent.updates import Updates
 from protocol.durable import OS_DISK, Disk
 from protocol.errors import Unavailable
@@ -41,6 +42,8 @@ from protocol.wishes import Desired, Pin, Withdrawal, desired
 log = logging.getLogger(__name__)
 
 COLLECT_AGAIN_S = 60.0
+# A pin's words are kept in the slot's state, which has a fixed place on the disk.
+MAX_SAID = 400
 
 
 class Starters(NamedTuple):
@@ -113,9 +116,10 @@ class Deployer:
         self._now = 0.0
         self._pins: dict[str, int] = {}
         self._known_faults: set[tuple[str, str]] = set()
+        states = {name: self._saved(name) for name in settings.slots}
         clean = self._state.mark_running()  # last: what is misconfigured has not run, and has not crashed
         self.slots = {
-            name: Slot(name, slot, self._surroundings(name), self._saved(name), clean=clean)
+            name: Slot(name, slot, self._surroundings(name), states[name], clean=clean)
             for name, slot in settings.slots.items()
         }
 
@@ -130,7 +134,7 @@ class Deployer:
         self._updates.look_again()
         for slot in self.slots.values():
             active = slot.state.active
-            if active is not None and self._releases.get(slot.name, active.version) is None:
+            if active is not None and self._release(slot.name, active) is None:
                 slot.feed(ModelLost(active.digest, "what was known of it cannot be read"), now)
             slot.begin(now)
 
@@ -207,7 +211,10 @@ class Deployer:
             self._pins.pop(name, None)
             if wanted.pin is not None:
                 self._pins[name] = wanted.pin.version
+            concerned = {model.version for model in slot.needed()}
             for version, withdrawal in wanted.withdrawn.items():
+                if version not in concerned:
+                    continue
                 slot.feed(VersionWithdrawn(version, _said(withdrawal, message.signed_by)), self._now)
             chosen = self._chosen(name, wanted, releases)
             if chosen is None or not self._keep(chosen):
@@ -217,7 +224,11 @@ class Deployer:
             stranded = wanted.withdrawn.get(active.version) if active else None
             wish = wanted.pin or stranded
             if wish is not None:
-                slot.feed(ReleasePinned(model, _said(wish, message.signed_by)), self._now)
+                pinned = ReleasePinned(model, _said(wish, message.signed_by))
+                if not deployment.works(slot.state, pinned):
+                    text = f"version {model.version} of {name} is pinned, but was found not to work here"
+                    self._report_once("pin_refused", text, "pin_refused")
+                slot.feed(pinned, self._now)
             else:
                 slot.feed(ReleaseOffered(model), self._now)
 
@@ -258,7 +269,7 @@ class Deployer:
 
     def _postponed(self, digest: str, reason: str, text: str) -> None:
         if reason == NO_SPACE:
-            self._collect(digest)
+            self._collect()
         self._tell(digest, StagingPostponed(digest, reason, text))
 
     def _stager_died(self, digest: str, how: str) -> None:
@@ -299,8 +310,7 @@ class Deployer:
         )
 
     def _release(self, slot: str, model: ModelRef) -> Release | None:
-        release = self._releases.get(slot, model.version)
-        return release if release is not None and release.digest == model.digest else None
+        return self._releases.get(slot, model)
 
     def _model_file(self, slot: str, model: ModelRef) -> ModelFile | None:
         release = self._release(slot, model)
@@ -329,21 +339,33 @@ class Deployer:
     # The disk.
 
     def _saved(self, slot: str) -> deployment.State:
-        """A slot's state; where it is lost, what the audit trail and the store still show of it."""
+        """A slot's state; where it is lost, what the audit trail and the store still show of it.
+
+        Of the two copies of a state, the newer may have rotted; then the older one says what was once so. If by the
+        trail another model has been served since, or one was refused, the trail is believed.
+        """
         saved = self._state.load(slot)
-        if saved is not None:
-            return deployment.decode(saved)
-        state = deployment.recovered(self._recall(slot))
-        while (active := state.active) is not None and not self._is_here(slot, active):
-            state = deployment.step(state, ModelLost(active.digest)).state
-        if slot in self._state.lost or state != deployment.initial():
+        state = deployment.decode(saved) if saved is not None else None
+        if state is not None and slot not in self._state.doubtful:
+            return state
+        found = deployment.recovered(self._recall(slot))
+        while (active := found.active) is not None and not self._is_here(slot, active):
+            found = deployment.step(found, ModelLost(active.digest)).state
+        if state is not None and state.active == found.active and set(found.refused) <= set(state.refused):
+            return state
+        if slot in self._state.lost or slot in self._state.doubtful or found != deployment.initial():
             served = f"it serves version {active.version} again" if active else "nothing that it served is left"
             log.error("the state of %s was lost", slot)
-            text = f"the state of {slot} was lost; by the audit trail, {served}"
             self._report(
-                Event(at=self._wall_clock(), kind="state_recovered", slot=slot, reason="state_lost", text=text)
+                Event(
+                    at=self._wall_clock(),
+                    kind="state_recovered",
+                    slot=slot,
+                    reason="state_lost",
+                    text=f"the state of {slot} was lost; by the audit trail, {served}",
+                )
             )
-        return state
+        return found
 
     def _is_here(self, slot: str, model: ModelRef) -> bool:
         return model.digest in self._models and self._release(slot, model) is not None
@@ -351,21 +373,18 @@ class Deployer:
     def _needed(self) -> frozenset[tuple[str, ModelRef]]:
         return frozenset((name, model) for name, slot in self.slots.items() for model in slot.needed())
 
-    def _collect(self, underway: str | None = None) -> None:
-        """Remove models that no slot needs, and chunks of models that are not under way.
-
-        Args:
-            underway: Digest of a model whose chunks are to be kept.
-        """
+    def _collect(self) -> None:
+        """Remove models that no slot needs, and chunks of models that none is staging."""
         needed = self._needed()
         manifests = [
             release.manifest
-            for name, model in needed
-            if model.digest == underway and (release := self._release(name, model)) is not None
+            for name, slot in self.slots.items()
+            if isinstance(slot.state, deployment.Staging)
+            and (release := self._release(name, slot.state.candidate)) is not None
         ]
         try:
             self._models.collect({model.digest for _, model in needed}, manifests)
-            self._releases.collect({(name, model.version) for name, model in needed})
+            self._releases.collect(needed)
         except Unavailable as error:
             log.warning("cannot remove old models: %s", error)
             self._collect_at = self._now + COLLECT_AGAIN_S
@@ -382,7 +401,7 @@ def stager_settings(settings: Settings) -> StagerSettings:
         trust_folder=str(folder / "trust"),
         root_file=str(settings.root_of_trust),
         metadata_file=str(folder / "metadata.set"),
-        built_at=Path(__file__).stat().st_mtime,
+        built_at=BUILT_AT,
         broker=settings.broker,
         max_rate=settings.transfer.max_rate,
     )
@@ -395,6 +414,6 @@ def _ref(release: Release) -> ModelRef:
 def _said(wish: Pin | Withdrawal, signed_by: tuple[str, ...]) -> str:
     """Who wished it, when, and which keys signed it."""
     when = datetime.fromtimestamp(wish.at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    keys = ", ".join(key[:8] for key in signed_by)
+    keys = ", ".join(key[:8] for key in signed_by[:3])
     note = f": {wish.note}" if wish.note else ""
-    return f"wished by {wish.by or 'the operator'} on {when}, signed by key {keys}{note}"
+    return f"wished by {wish.by or 'the operator'} on {when}, signed by key {keys}{note}"[:MAX_SAID]
