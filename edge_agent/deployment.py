@@ -572,7 +572,7 @@ def withdraw(state: State, event: VersionWithdrawn) -> Step:
     if isinstance(state, Watch):
         return _roll_back(state, report)
     step = _fall_back(state, report)
-    return Step(replace(step.state, refused=_refused(state, report)), step.actions)
+    return Step(replace(step.state, refused=_refused(state, report)), (*step.actions, LookAgain()))
 
 
 def replace_lost(state: State, event: ModelLost) -> Step:
@@ -632,7 +632,8 @@ def _refuse(state: Staging | Trial, report: Report) -> Step:
 
 def _roll_back(state: Watch, report: Report) -> Step:
     serving = _serving(state, state.previous, None)
-    return Step(replace(serving, refused=_refused(state, report)), (EndWatch(), report))
+    # What is served now may have been withdrawn while it was not.
+    return Step(replace(serving, refused=_refused(state, report)), (EndWatch(), report, LookAgain()))
 
 
 def _refused(state: State, report: Report) -> tuple[Refusal, ...]:

@@ -58,6 +58,7 @@ RECENT_STATES = 256
 RECENT_BYTES = 1024 * 1024
 MAX_UNDECIDED = 64
 SAVE_AGAIN_S = 1.0
+BEGIN_AGAIN_S = 10.0
 FLOAT_BYTES = 4
 
 _SAID = {
@@ -131,7 +132,9 @@ class Slot:
         self._clean = clean
         self._comparison: Comparison | None = None
         self._shared_length: int | None = None
+        self._unbegun: tuple[float, BeginTrial | BeginWatch] | None = None
         self._undecided: deque[deployment.Event] = deque()
+        self._forgot = False
         self._save_at = 0.0
         self._recent: deque[bytes] = deque(maxlen=RECENT_STATES)
         self._answered = 0
@@ -176,6 +179,8 @@ class Slot:
         if self._undecided and now >= self._save_at:
             self._decide(now)
         self.workers.tick(now)
+        if self._unbegun is not None and now >= self._unbegun[0]:
+            self._carry_out(self._unbegun[1], now)
         if self._comparison is not None:
             self._comparison.tick(now, self._recent_inputs)
             if self._comparison.ended:
@@ -230,6 +235,7 @@ class Slot:
         self._serve_active()
         if len(self._undecided) == MAX_UNDECIDED:
             log.error("%s: too much has happened while the disk takes nothing; forgetting %s", self.name, event)
+            self._forgot = True
             return
         self._undecided.append(event)
         if now >= self._save_at:
@@ -251,6 +257,9 @@ class Slot:
             self._serve_active()
             for action in step.actions:
                 self._carry_out(action, now)
+        if self._forgot:
+            self._forgot = False
+            self._around.look_again()
 
     def _serve_active(self) -> None:
         """Have the workers serve what the state says; falling back to an older version waits for no battle's end."""
@@ -269,8 +278,8 @@ class Slot:
                 self._around.stage(model.digest)
             case StopStaging(model=model):
                 self._around.cancel(model.digest)
-            case BeginTrial(active=active, candidate=candidate):
-                self._begin_trial(active, candidate, now)
+            case BeginTrial():
+                self._begin_trial(action, now)
             case BeginWatch():
                 self._begin_watch(action, now)
             case EndTrial() | EndWatch():
@@ -299,7 +308,8 @@ class Slot:
             )
         )
 
-    def _begin_trial(self, active: ModelRef, candidate: ModelRef, now: float) -> None:
+    def _begin_trial(self, trial: BeginTrial, now: float) -> None:
+        active, candidate = trial.active, trial.candidate
         for model in (active, candidate):
             if self._around.release(model) is None:
                 text = f"what is known of version {model.version} is damaged"
@@ -309,7 +319,7 @@ class Slot:
         judge = TrialJudge(JudgeSettings(max_pairs=self._settings.trial_max_pairs), seed)
         child = self._start_trial(active, candidate, seed, interval_s=0.0)
         if child is None:
-            self.feed(TrialInconclusive(judge.verdict()), now)
+            self._unbegun = (now + BEGIN_AGAIN_S, trial)
             return
         self._comparison = Comparison(
             child,
@@ -322,11 +332,14 @@ class Slot:
         )
 
     def _begin_watch(self, watch: BeginWatch, now: float) -> None:
+        if self._around.release(watch.previous) is None or self._around.release(watch.active) is None:
+            self.feed(BaselineLost("unavailable", "what is known of it is damaged"), now)
+            return
         seed = self._around.rng.getrandbits(32)
         judge = WatchJudge(JudgeSettings(), watch.ratio, seed)
         child = self._start_trial(watch.previous, watch.active, seed, interval_s=self._settings.watch_interval_s)
         if child is None:
-            self.feed(BaselineLost("unavailable", "what is known of it is lost, or no process can be started"), now)
+            self._unbegun = (now + BEGIN_AGAIN_S, watch)
             return
         self._comparison = Comparison(
             child,
@@ -339,15 +352,14 @@ class Slot:
         )
 
     def _start_trial(self, old: ModelRef, new: ModelRef, seed: int, interval_s: float) -> Child[FromTrial] | None:
-        """Run two models side by side; `None` if what was known of one is lost, or no process can be started."""
+        """Run two models side by side, whose releases are known; `None` if no process can be started now."""
         self._end_comparison()
         old_release, new_release = self._around.release(old), self._around.release(new)
         old_file, new_file = self._around.model_file(old), self._around.model_file(new)
-        if old_release is None or new_release is None or old_file is None or new_file is None:
-            log.error(
-                "%s: the release of version %d or %d is damaged: no comparison", self.name, old.version, new.version
-            )
-            return None
+        assert old_release is not None, "the callers have looked"
+        assert new_release is not None, "the callers have looked"
+        assert old_file is not None, "its release is known"
+        assert new_file is not None, "its release is known"
         same = old_release.inputs == new_release.inputs
         self._shared_length = math.prod(old_release.inputs[0].shape) if same else None
         old_inputs = new_inputs = self._recent_inputs()
@@ -384,6 +396,7 @@ class Slot:
         return fitting[-max(RECENT_BYTES // size, 1) :]
 
     def _end_comparison(self) -> None:
+        self._unbegun = None
         if self._comparison is not None:
             self._comparison.stop()
             self._comparison = None

@@ -11,6 +11,7 @@ with the higher number counts. What the bytes mean is the deployment machine's b
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import struct
@@ -43,6 +44,7 @@ class Record:
     Attributes:
         content: What was written last; `None` if nothing was, or nothing valid is left.
         damaged: There was content, and it is lost.
+        doubtful: There is content, and the other copy is spoilt: a write was cut short, or the newer one rotted.
     """
 
     def __init__(self, path: Path, size: int, disk: Disk) -> None:
@@ -55,6 +57,7 @@ class Record:
         self._next = 1 - newest if valid else 0
         self.content = found[newest][1] if valid else None
         self.damaged = not valid and any(used for _, _, used in found)
+        self.doubtful = len(valid) == 1 and all(used for _, _, used in found)
         if self.damaged:
             self._set_aside()
         if valid:
@@ -74,14 +77,24 @@ class Record:
         block = hashlib.sha256(numbers + content).digest() + numbers + content
         copy = self._copies[self._next]
         with disk_errors(copy.parent, 0, self._disk):
-            if self._disk.is_file(copy):
-                self._disk.overwrite(copy, block, sync=True)
-            else:
+            if not self._written_over(copy, block):
                 write_durably(copy, block.ljust(self._size, b"\0"), disk=self._disk)
         self._sequence += 1
         self._next = 1 - self._next
         self.content = content
         self.damaged = False
+
+    def _written_over(self, copy: Path, block: bytes) -> bool:
+        """Write a block into its place; `False` if that is not there, or is a spot of the disk that failed."""
+        try:
+            self._disk.overwrite(copy, block, sync=True)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        return True
 
     def _set_aside(self) -> None:
         """Keep damaged copies for a person to look at."""
@@ -100,7 +113,7 @@ class Record:
             log.warning("cannot sync a state that was read: %s", error)
 
     def _prepare(self) -> None:
-        """Take the room that later writes will need, also in place of a copy that cannot be read."""
+        """Take the room that later writes will need. A copy that cannot be read now may be the newer one: it stays."""
         for copy in self._copies:
             try:
                 if not self._is_whole(copy):
@@ -111,8 +124,10 @@ class Record:
     def _is_whole(self, copy: Path) -> bool:
         try:
             return len(self._disk.read(copy)) == self._size
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return True
 
     def _read(self, copy: Path) -> tuple[int, bytes, bool]:
         """Sequence number and content, 0 and nothing if it is not valid; and whether it was ever written."""
@@ -142,6 +157,7 @@ class StateStore:
 
     Attributes:
         lost: Slots whose state was there and is damaged.
+        doubtful: Slots of whose state one copy is spoilt: it may have been the newer one.
 
     Raises:
         Unavailable: The folder cannot be made.
@@ -152,6 +168,7 @@ class StateStore:
         self._slots = {slot: Record(folder / f"slot-{slot}", SLOT_BYTES, disk) for slot in slots}
         self._run = Record(folder / "run", RUN_BYTES, disk)
         self.lost = tuple(slot for slot, record in self._slots.items() if record.damaged)
+        self.doubtful = tuple(slot for slot, record in self._slots.items() if record.doubtful)
 
     def load(self, slot: str) -> bytes | None:
         """A slot's last saved state, or `None`."""

@@ -6,6 +6,7 @@ Nothing waits for it: while it cannot be written the device serves, judges and s
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import msgspec
 from edge_agent.database import Database
 from protocol.errors import Unavailable
 from protocol.messages import Event
+
+log = logging.getLogger(__name__)
 
 MAX_EVENTS = 10_000
 
@@ -90,4 +93,13 @@ def read_history(path: Path, limit: int, slot: str | None = None) -> list[Event]
 def _history(connection: sqlite3.Connection, limit: int, slot: str | None) -> list[Event]:
     query = "SELECT blob FROM events WHERE slot = ? OR ? IS NULL ORDER BY number DESC LIMIT ?"
     found = connection.execute(query, (slot, slot, max(limit, 0)))
-    return [_decoder.decode(blob) for (blob,) in found][::-1]
+    return [event for (blob,) in found if (event := _decoded(blob)) is not None][::-1]
+
+
+def _decoded(blob: bytes) -> Event | None:
+    """An event; `None` for a row that rotted, as SQLite's pages have no checksums, or that a newer version wrote."""
+    try:
+        return _decoder.decode(blob)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        log.warning("an event of the audit trail cannot be read: %s", error)
+        return None

@@ -25,6 +25,8 @@ from protocol.errors import Unavailable
 log = logging.getLogger(__name__)
 
 FILE = "trusted-time"
+# Before this software was. Not a file's date: that is when it was installed, by a clock that may have been wrong.
+BUILT_AT = datetime(2026, 11, 1, tzinfo=UTC).timestamp()
 
 
 class TrustedTime:

@@ -32,6 +32,7 @@ from edge_agent.staging import (
     MetadataVerified,
     Postponed,
     Quit,
+    Refused,
     Staged,
     StageModel,
     StagerSettings,
@@ -64,6 +65,10 @@ def release(version: int, slot: str = "combat", notes: str = "") -> Release:
 
 
 ONE, TWO, THREE = (release(version) for version in (1, 2, 3))
+
+
+def file_of(each: Release) -> str:
+    return f"{each.slot}-{each.version}-{each.digest[:16]}.json"
 
 
 class Scene:
@@ -286,7 +291,7 @@ def test_what_no_slot_needs_is_removed_once_nothing_is_under_way(scene: Scene) -
     scene.leaves(scene.stagers[-1])
     scene.serves()
     assert scene.files("models") == {f"{each.digest}.tflite" for each in (TWO, THREE)}
-    assert scene.files("releases") == {"combat-2.json", "combat-3.json"}
+    assert scene.files("releases") == {file_of(TWO), file_of(THREE)}
     assert scene.files("chunks") == set()
 
 
@@ -314,16 +319,16 @@ def test_after_a_restart_the_active_model_is_served_before_any_metadata(scene: S
 
 def test_what_is_known_of_a_model_and_was_lost_is_written_again(scene: Scene) -> None:
     scene.commits(1, 2)
-    (scene.folder / "state/releases/combat-1.json").write_bytes(b"rotten")
+    (scene.folder / "state/releases" / file_of(ONE)).write_bytes(b"rotten")
     scene.start()
     assert scene.serves() == 2
     scene.verifies(ONE, TWO, wishes=(pinned(2),))
-    assert ONE.digest.encode() in (scene.folder / "state/releases/combat-1.json").read_bytes()
+    assert ONE.digest.encode() in (scene.folder / "state/releases" / file_of(ONE)).read_bytes()
 
 
 def test_an_active_model_of_which_nothing_is_known_any_more_gives_way_and_is_staged_again(scene: Scene) -> None:
     scene.commits(1, 2)
-    (scene.folder / "state/releases/combat-2.json").write_bytes(b"rotten")
+    (scene.folder / "state/releases" / file_of(TWO)).write_bytes(b"rotten")
     scene.start()
     assert scene.serves() == 1
     assert (scene.events[-1].kind, scene.events[-1].version) == ("lost", 2)
@@ -339,7 +344,7 @@ def test_a_lost_state_is_found_again_in_the_audit_trail_as_far_as_the_store_bear
     for path in (scene.folder / "state" / "state").glob("slot-combat.*"):
         path.write_bytes(b"rotten")
     for version in rotten:
-        (scene.folder / f"state/releases/combat-{version}.json").unlink()
+        (scene.folder / "state/releases" / file_of(release(version))).unlink()
     scene.start()
     assert scene.serves() == {(): 2, (2,): 1, (1, 2): None}[rotten]
     assert [event.kind for event in scene.events[-2:]].count("state_recovered") == 1
@@ -353,3 +358,53 @@ def test_two_slots_may_have_the_same_model_described_in_two_ways(tmp_path: Path)
     scene.tick()
     served = {played.what.slot: played.what.model for played in scene.workers if played.what.model}
     assert {slot: file.version for slot, file in served.items()} == {"combat": 1, "movement": 5}
+
+
+def test_a_state_that_went_back_because_its_newer_copy_rotted_is_not_believed_against_the_trail(scene: Scene) -> None:
+    scene.commits(1, 2)
+    scene.verifies(ONE, TWO, wishes=(Withdrawal(slot="combat", version=2),))
+    assert scene.serves() == 1
+    copies = sorted((scene.folder / "state" / "state").glob("slot-combat.*"), key=lambda path: path.read_bytes()[32:40])
+    copies[-1].write_bytes(b"?" * len(copies[-1].read_bytes()))
+    scene.start()
+    assert scene.serves() == 1, "version 2 was withdrawn"
+    assert scene.events[-1].kind == "state_recovered"
+
+
+def test_a_state_whose_last_write_was_cut_short_is_believed_where_the_trail_says_nothing_else(scene: Scene) -> None:
+    scene.commits(1, 2)
+    copies = sorted((scene.folder / "state" / "state").glob("slot-combat.*"), key=lambda path: path.read_bytes()[32:40])
+    copies[0].write_bytes(b"?" * len(copies[0].read_bytes()))
+    before = len(scene.events)
+    scene.start()
+    assert scene.serves() == 2
+    assert scene.events[before:] == []
+
+
+def test_other_bytes_under_the_active_version_do_not_stop_it(scene: Scene) -> None:
+    scene.commits(1)
+    other = msgspec.structs.replace(ONE, digest="9" * 64)
+    scene.verifies(other)
+    scene.tick()
+    assert scene.workers[-1].what.model.digest == ONE.digest
+    scene.start()
+    assert scene.serves() == 1
+
+
+def test_a_pin_of_a_model_that_was_found_not_to_work_is_said_once(scene: Scene) -> None:
+    scene.commits(1)
+    stager = scene.verifies(ONE, TWO)
+    scene.says(stager, Refused(TWO.digest, "wrong_signature", "shapes differ"))
+    for _ in range(2):
+        scene.leaves(scene.stagers[-1])
+        scene.verifies(ONE, TWO, wishes=(pinned(2),))
+    assert [event.kind for event in scene.events].count("pin_refused") == 1
+    assert scene.serves() == 1
+
+
+def test_a_long_note_fits_the_state(scene: Scene) -> None:
+    scene.commits(1)
+    scene.verifies(ONE, TWO, wishes=(pinned(2, note="x" * 100_000),))
+    assert isinstance(scene.state, deployment.Staging)
+    scene.start()
+    assert isinstance(scene.state, deployment.Staging)

@@ -117,7 +117,7 @@ def back(reason: str) -> Serving:
 
 
 def rolled_back(reason: str, text: str = "", verdict: Verdict | None = None) -> tuple[Action, ...]:
-    return EndWatch(), Report("rolled_back", M3, reason, text, verdict)
+    return EndWatch(), Report("rolled_back", M3, reason, text, verdict), LookAgain()
 
 
 KILLED_STAGER = "it killed the stager twice: by SIGKILL"
@@ -385,11 +385,13 @@ def test_what_is_served_and_withdrawn_gives_way_to_the_one_before() -> None:
     report = Report("rolled_back", M2, "withdrawn", "why")
     withdrawn = VersionWithdrawn(2, "why")
     serving = Serving(active=M1, newest=2, refused=gone)
-    assert step(SERVING, withdrawn) == Step(serving, (report,))
+    assert step(SERVING, withdrawn) == Step(serving, (report, LookAgain()))
     assert step(serving, VersionWithdrawn(1)) == Step(serving)  # something must be served
-    assert step(STAGING, withdrawn) == Step(Staging(active=M1, newest=2, candidate=M3, refused=gone), (report,))
+    assert step(STAGING, withdrawn) == Step(
+        Staging(active=M1, newest=2, candidate=M3, refused=gone), (report, LookAgain())
+    )
     assert step(TRIAL, withdrawn) == Step(
-        Trial(active=M1, newest=2, candidate=M3, refused=gone), (report, BeginTrial(M1, M3))
+        Trial(active=M1, newest=2, candidate=M3, refused=gone), (report, BeginTrial(M1, M3), LookAgain())
     )
 
 
@@ -583,6 +585,7 @@ def test_chain_of_a_rollback_from_watch_and_the_mended_model_after_it() -> None:
     assert done[3:] == [
         BeginWatch(M2, M1, 1.04),
         EndWatch(),
+        LookAgain(),
         Stage(mended),
         *[BeginTrial(M1, mended)] * 2,
         BeginWatch(mended, M1, 1.04),

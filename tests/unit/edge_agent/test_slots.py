@@ -34,7 +34,7 @@ from edge_agent.children import (
 )
 from edge_agent.deployment import ModelRefused, ModelStaged, ReleaseOffered, StagerDied, StagingPostponed
 from edge_agent.settings import SlotSettings
-from edge_agent.slots import RECENT_BYTES, RECENT_STATES, SAVE_AGAIN_S, Slot, Surroundings
+from edge_agent.slots import BEGIN_AGAIN_S, RECENT_BYTES, RECENT_STATES, SAVE_AGAIN_S, Slot, Surroundings
 from edge_agent.staging import Progress
 from edge_agent.state import StateStore
 from protocol.errors import Unavailable
@@ -101,6 +101,7 @@ class Scene:
     staged: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     looks: int = 0
+    no_process: bool = False
     events: list[Event] = field(default_factory=list)
     records: list[Records] = field(default_factory=list)
 
@@ -142,6 +143,8 @@ class Scene:
         return self._child(model, FromWorker, ToWorker, self.workers)
 
     def _start_trial(self, assignment: TrialAssignment) -> Child[Any]:
+        if self.no_process:
+            raise Unavailable("no process to be had")
         return self._child(assignment, FromTrial, ToTrial, self.trials)
 
     def tick(self, seconds: float = 0.1) -> None:
@@ -447,6 +450,36 @@ def test_what_the_stager_says_about_the_candidate_is_dealt_with(scene: Scene) ->
     assert scene.cancelled == [ref(3).digest]
     assert scene.slot.is_candidate(ref(4).digest)
     assert not scene.slot.is_candidate(ref(3).digest)
+
+
+def test_a_trial_or_watch_that_cannot_be_started_now_is_started_later(make: Any) -> None:
+    scene = make()
+    scene.serving(1)
+    scene.no_process = True
+    scene.stage(2)
+    scene.tick()
+    assert (scene.phase(), scene.trials) == ("trial", [])
+    scene.no_process = False
+    scene.tick(BEGIN_AGAIN_S)
+    scene.no_process = True
+    scene.says(scene.trials[0], GOOD)
+    scene.tick()
+    assert scene.phase() == "watch"
+    scene.no_process = False
+    scene.joins()
+    scene.tick(BEGIN_AGAIN_S)
+    assert [trial.what.interval_s for trial in scene.trials] == [0.0, 1.0]
+
+
+def test_what_was_forgotten_while_the_disk_took_nothing_is_asked_for_again(scene: Scene) -> None:
+    scene.serving(1)
+    scene.disk.full = True
+    for version in range(2, 200):
+        scene.offer(version)
+    scene.disk.full = False
+    assert scene.looks == 0
+    scene.tick(SAVE_AGAIN_S)
+    assert scene.looks == 1
 
 
 def test_a_newer_offer_ends_a_trial(scene: Scene) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,15 @@ def test_on_a_full_disk_there_is_none_until_there_is_room(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     trail.add(event(2))
     assert trail.history(9) == [event(2)]
+
+
+def test_an_event_that_rotted_or_that_a_newer_version_wrote_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trail.db"
+    trail = Trail(path)
+    for number in range(3):
+        trail.add(event(number))
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE events SET blob = X'FFFF' WHERE number = 2")
+    connection.close()
+    assert [found.at for found in trail.history(9)] == [0.0, 2.0]
+    assert [found.at for found in read_history(path, 9)] == [0.0, 2.0]
