@@ -6,13 +6,20 @@ TFLITE_ENV := .venv-tflite/bin/python
 FUZZ_ENV := .venv-fuzz/bin/python
 CODE := protocol edge_agent trainer_host demo benchmarks tests scripts
 AGENT_TESTS := tests/unit/protocol tests/unit/edge_agent tests/integration/test_agent.py tests/integration/test_stager.py \
-	tests/integration/test_sideload.py
+	tests/integration/test_sideload.py tests/integration/test_hostile_models.py
+
+# For `make simulate`.
+SEEDS ?= 10000
+FROM ?= 0
+# For `make kill-campaign`.
+KILLS ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-bench demo test test-main test-tflite fuzz coverage-own lint format bench lock clean
+.PHONY: help setup setup-bench demo test test-main test-tflite fuzz simulate simulate-mutants kill-campaign \
+	coverage-own lint format bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install Mosquitto and the locked Python environments into this folder; says what it does
 	@scripts/setup.sh
@@ -54,6 +61,15 @@ format: setup ## mend what can be mended without thinking
 	@.venv/bin/ruff check --fix $(CODE)
 	@.venv/bin/ruff format $(CODE)
 
+simulate: setup ## one device in a hostile world, SEEDS=10000 times from FROM=0 on; ONE=17 shows what happens in one
+	@$(PYTHON_ENV) -m tests.simulation.device $(if $(ONE),--seed $(ONE),--seeds $(SEEDS) --from $(FROM))
+
+simulate-mutants: setup ## is it noticed when a sync, a check or a counter is taken out of the code?
+	@$(PYTHON_ENV) -m tests.simulation.device --mutants --remember
+
+kill-campaign: setup ## kill -9 of every process at random while models change, KILLS=1000 times
+	@$(PYTHON_ENV) -m tests.campaign.kills --kills $(KILLS)
+
 bench: setup-bench ## one table of figures against their yardsticks; BENCH_FLAGS="--quick"
 	@$(PYTHON_ENV) -m benchmarks $(BENCH_FLAGS)
 
@@ -61,6 +77,6 @@ lock: setup ## resolve the dependencies anew into requirements/*.lock
 	@scripts/lock.sh
 
 clean: ## remove everything that set-up, tests and benchmarks made in this folder
-	rm -rf .venv .venv-tflite build dist *.egg-info run benchmarks/build .coverage \
+	rm -rf .venv .venv-tflite .venv-fuzz build dist *.egg-info run benchmarks/build .coverage \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from edge_agent import deployment
 from edge_agent.children import Child, FromTrial, FromWorker, ModelFile, Records, TrialAssignment, WorkerAssignment
+from edge_agent.demand import demanded
 from edge_agent.deployment import (
     ModelLost,
     ModelRefused,
@@ -37,7 +38,7 @@ from protocol.durable import OS_DISK, Disk
 from protocol.errors import Unavailable
 from protocol.messages import Event, ModelRef, SlotStatus
 from protocol.release import Release
-from protocol.wishes import Desired, Pin, Withdrawal, desired
+from protocol.wishes import Pin, Withdrawal, desired
 
 log = logging.getLogger(__name__)
 
@@ -216,13 +217,13 @@ class Deployer:
                 if version not in concerned:
                     continue
                 slot.feed(VersionWithdrawn(version, _said(withdrawal, message.signed_by)), self._now)
-            chosen = self._chosen(name, wanted, releases)
+            chosen, wish = demanded(wanted, releases, slot.state.active)
+            if chosen is None and wanted.pin is not None:
+                text = f"version {wanted.pin.version} of {name} is pinned, but not released"
+                self._report_once("pin_unknown", text, "pin_unknown")
             if chosen is None or not self._keep(chosen):
                 continue
-            model, active = _ref(chosen), slot.state.active
-            # Where what is served is withdrawn and there was nothing to go back to, another release will do.
-            stranded = wanted.withdrawn.get(active.version) if active else None
-            wish = wanted.pin or stranded
+            model = _ref(chosen)
             if wish is not None:
                 pinned = ReleasePinned(model, _said(wish, message.signed_by))
                 if not deployment.works(slot.state, pinned):
@@ -231,17 +232,6 @@ class Deployer:
                 slot.feed(pinned, self._now)
             else:
                 slot.feed(ReleaseOffered(model), self._now)
-
-    def _chosen(self, slot: str, wanted: Desired, releases: list[Release]) -> Release | None:
-        """What is pinned, or the newest release that is not withdrawn."""
-        if wanted.pin is None:
-            allowed = (release for release in releases if release.version not in wanted.withdrawn)
-            return max(allowed, key=lambda release: release.version, default=None)
-        pinned = wanted.pin.version
-        found = next((release for release in releases if release.version == pinned), None)
-        if found is None:
-            self._report_once("pin_unknown", f"version {pinned} of {slot} is pinned, but not released", "pin_unknown")
-        return found
 
     def _keep(self, release: Release) -> bool:
         try:
@@ -300,7 +290,7 @@ class Deployer:
             start_worker=lambda model, finishing=None: self._start_worker(slot, model, finishing),
             start_trial=lambda assignment: self._starters.trial(slot, assignment),
             stage=self._updates.stage,
-            cancel=self._updates.cancel,
+            cancel=lambda digest: self._cancel(slot, digest),
             look_again=self._updates.look_again,
             report=self._report,
             record=self._record,
@@ -308,6 +298,11 @@ class Deployer:
             wall_clock=self._wall_clock,
             rng=self._rng,
         )
+
+    def _cancel(self, slot: str, digest: str) -> None:
+        """A slot wants a model no more; another may still, and then it stays wanted."""
+        if not any(other.is_candidate(digest) for name, other in self.slots.items() if name != slot):
+            self._updates.cancel(digest)
 
     def _release(self, slot: str, model: ModelRef) -> Release | None:
         return self._releases.get(slot, model)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from edge_agent.model_store import ModelStore
+from edge_agent.model_store import CORRUPT_CHUNK, ModelStore
 from edge_agent.staging import NO_ANSWER, NO_BROKER, Postponed, StagerSettings
 from edge_agent.transfer import Transfer, bitmap
 from protocol import topics
@@ -42,7 +42,7 @@ class ChunkSource(Protocol):
             Why it did not get there, if so.
 
         Raises:
-            Rejected: With code `chunk_mismatch`.
+            Rejected: With code `chunk_mismatch` or `corrupt_model`.
             Unavailable: The disk failed.
         """
 
@@ -54,14 +54,17 @@ def keep(store: ModelStore, transfer: Transfer, digest: str, data: bytes) -> boo
     """Put what came under the name of a chunk into the store, if it is that chunk and it is missing.
 
     Raises:
-        Rejected: With code `chunk_mismatch`: wrong data came under that name too often.
+        Rejected: With code `chunk_mismatch`: wrong data came under that name too often. With code `corrupt_model`: it
+            is what the manifest lists, and does not fit into the model.
         Unavailable: The disk failed.
     """
     intact = digest in transfer.missing
     if intact:
         try:
             store.put_chunk(data, digest)
-        except Rejected:
+        except Rejected as refusal:
+            if refusal.code != CORRUPT_CHUNK:
+                raise
             intact = False
     return transfer.received(digest, time.monotonic(), intact=intact)
 
@@ -69,8 +72,9 @@ def keep(store: ModelStore, transfer: Transfer, digest: str, data: bytes) -> boo
 class BrokerSource:
     """A connection of its own, on which the chunks of one model come.
 
-    A chunk's topic is subscribed to before the chunk is asked for, and only until it is here. At QoS 0: what is lost is
-    asked for again anyway, and an acknowledgement for each chunk would cost as much as the chunk.
+    A chunk's topic is subscribed to before the chunk is asked for, and only until it is here; a way ahead, so that a
+    request seldom has to wait for the broker to grant it. At QoS 0: what is lost is asked for again anyway, and an
+    acknowledgement for each chunk would cost as much as the chunk.
 
     Args:
         settings: Who we are, and where the broker is.
@@ -87,14 +91,21 @@ class BrokerSource:
         self._requests: dict[int, bytes] = {}
         self._arrived: deque[Message] = deque(maxlen=2 * (settings.window + settings.ahead))
         self._subscribed: set[str] = set()
+        self._granted: set[str] = set()
+        self._granting: dict[int, set[str]] = {}
         self._count = 0
         self._link = Link(
             settings.broker,
             f"{settings.device}-stager",
-            on_message=self._arrived.append,
-            on_connected=self._requests.clear,
-            on_subscribed=self._granted,
+            on_message=self._hear,
+            on_connected=self._begin_anew,
+            on_subscribed=self._grant,
         )
+
+    def _hear(self, message: Message) -> None:
+        """Chunks are never retained: what is was left by somebody else, and would come again with each subscription."""
+        if not message.retain:
+            self._arrived.append(message)
 
     def fetch(self, transfer: Transfer, count: int, on_turn: Callable[[], None]) -> Postponed | None:
         """See `ChunkSource`."""
@@ -131,26 +142,47 @@ class BrokerSource:
         chosen = transfer.ask(now)
         if not chosen and self._subscribed:
             return
-        packet = self._listen(transfer.audible())
-        if chosen:
-            self._requests[packet] = self._request(chosen, count, transfer.last)
+        packet = self._listen(transfer.audible(), set(chosen.values()))
+        if not chosen:
+            return
+        request = self._request(chosen, count, transfer.last)
+        if self._granted.issuperset(chosen.values()):
+            self._link.publish(topics.CHUNK_REQUESTS, request, qos=1)
+        else:
+            self._requests[packet] = request
 
     def _request(self, indices: Collection[int], count: int, last: int | None = None) -> bytes:
         wanted = bitmap(indices, count) if count else b""
         request = ChunkRequest(device=self._settings.device, model=self._model, wanted=wanted, last=last)
         return encode(request, as_json=False)
 
-    def _listen(self, digests: set[str]) -> int:
-        """Subscribe to these chunks and to no others; to all of them again, where none is new."""
+    def _listen(self, digests: set[str], chosen: Collection[str] = ()) -> int:
+        """Subscribe to these chunks and to no others. The broker grants the packet that is returned after all earlier.
+
+        Where none is new and one of the chosen is not granted, all that are not are subscribed to again.
+        """
         gone, new = self._subscribed - digests, digests - self._subscribed
         if gone:
             self._link.unsubscribe(*map(topics.chunk, gone))
+            self._granted -= gone
         self._subscribed = digests
-        filters = [(topics.chunk(digest), 0) for digest in new or digests]
-        return self._link.subscribe(*filters) if filters else 0
+        if not new and not self._granted.issuperset(chosen):
+            new = digests - self._granted
+        if not new:
+            return 0
+        packet = self._link.subscribe(*((topics.chunk(digest), 0) for digest in new))
+        self._granting[packet] = new
+        return packet
 
-    def _granted(self, packet: int) -> None:
+    def _begin_anew(self) -> None:
+        """The connection is another: what was granted on the last one is not, and no answer to it will come."""
+        self._requests.clear()
+        self._granting.clear()
+        self._granted.clear()
+
+    def _grant(self, packet: int) -> None:
         """The broker will deliver these chunks, so they may be asked for."""
+        self._granted |= self._granting.pop(packet, set()) & self._subscribed
         request = self._requests.pop(packet, None)
         if request is not None:
             self._link.publish(topics.CHUNK_REQUESTS, request, qos=1)

@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from edge_agent.staging import (
     NO_SPACE,
+    UNAVAILABLE,
     FromStager,
     MetadataRefused,
     MetadataVerified,
@@ -50,7 +51,7 @@ ABANDONED_S = 3_600.0
 RESERVE_BYTES = 64 * 1024 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 _COPY_BYTES = 1024 * 1024
-UNAVAILABLE, STAGER_DIED, INTERRUPTED = "unavailable", "stager_died", "interrupted"
+STAGER_DIED, INTERRUPTED = "stager_died", "interrupted"
 # What may go better the next time, with the same bundle on the same device.
 _PASSING = frozenset({NO_SPACE, "disk", UNAVAILABLE, STAGER_DIED, INTERRUPTED})
 
@@ -186,7 +187,7 @@ class Inbox(WatchedFolder):
         disk: Which it is on.
 
     Raises:
-        Misconfigured: The folder cannot be made or written to.
+        Misconfigured: The folder must not be made. Where the disk fails, it is tried again now and then.
     """
 
     def __init__(self, folder: Path, *, settle_s: float = SETTLE_S, disk: Disk = OS_DISK) -> None:
@@ -282,7 +283,8 @@ def submit(state_dir: Path, source: Path) -> str:
         _make_like(folder, state_dir)
         size = source.stat().st_size
         require_free(folder, size, RESERVE_BYTES)
-    name = f"{_label(source.stem)}-{secrets.token_hex(4)}{_label(source.suffix)}"
+    # Short enough that the name of the result keeps all of it.
+    name = f"{_label(source.stem)[:48]}-{secrets.token_hex(4)}{_label(source.suffix)[:16]}"
     os.umask(0o022)  # the daemon is another user, and must be able to read it
     write_pieces(folder / name, _pieces(source), size)
     return name
@@ -322,9 +324,10 @@ def _label(name: str) -> str:
 def _make_like(folder: Path, parent: Path) -> None:
     """Make the folder, for whom its parent belongs to: root may come here before the daemon."""
     if not folder.is_dir():
-        folder.mkdir()
         owner = parent.stat()
+        OS_DISK.make_folder(folder)
         os.chown(folder, owner.st_uid, owner.st_gid)
+        OS_DISK.sync_folder(folder)
 
 
 def _pieces(source: Path) -> Iterator[bytes]:

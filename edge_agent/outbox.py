@@ -94,7 +94,7 @@ class Outbox:
         self._next = 1
         self._reserved = 0
         self._cursor = 0  # highest number that a batch of the present window speaks for
-        self._sent = 0  # highest number that any batch since the opening spoke for
+        self._sent = 0  # highest number that any batch may have spoken for, of this opening or one before
         self._unacknowledged: deque[int] = deque()
         self._database = Database(path, _SCHEMA, synchronous="NORMAL", fill=self._begin_epoch, opened=self._load)
 
@@ -161,13 +161,13 @@ class Outbox:
         """Delete what the trainer has committed. Returns how many rows that were; an old or foreign `ack` deletes none.
 
         Raises:
-            Rejected: With code `bad_ack`: it speaks of numbers that were not sent since the outbox was opened.
+            Rejected: With code `bad_ack`: it speaks of numbers that were never sent.
             Unavailable: The disk failed; the rows are still here and will be sent again.
         """
         if ack.epoch != self.epoch or ack.seq <= self.acked:
             return 0
         if ack.seq > self._sent:
-            raise Rejected("bad_ack", f"seq {ack.seq} is acknowledged, but only {self._sent} was sent", "seq")
+            raise Rejected("bad_ack", f"seq {ack.seq} is acknowledged, but at most {self._sent} was sent", "seq")
         with self._database.transaction() as connection:
             deleted, size = _delete(connection, "seq <= ?", (ack.seq,))
             connection.execute("UPDATE numbers SET acked = ?", (ack.seq,))
@@ -196,7 +196,7 @@ class Outbox:
         ).fetchone()
         self.rows, self.bytes = _totals(connection)
         self._next = self._reserved + 1
-        self._sent = 0
+        self._sent = self._reserved  # a process that was killed may have sent all of it, and the host may have it
         self.rewind()
 
     def _reserve(self, count: int) -> None:

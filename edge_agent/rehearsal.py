@@ -7,6 +7,7 @@ store of its own. All that lies in a temporary folder, so its lock is there too,
 
 from __future__ import annotations
 
+import contextlib
 import select
 import shutil
 import tempfile
@@ -19,8 +20,9 @@ from msgspec.structs import replace
 
 from edge_agent import deployment, trusted_time
 from edge_agent.children import Child, start
+from edge_agent.demand import demanded
 from edge_agent.deployer import stager_settings
-from edge_agent.deployment import ReleaseOffered
+from edge_agent.deployment import ReleaseOffered, ReleasePinned, Staging, VersionWithdrawn
 from edge_agent.inbox import Installation, Outcome
 from edge_agent.model_store import ModelStore
 from edge_agent.settings import Settings
@@ -45,6 +47,10 @@ from protocol.release import Release
 from protocol.wishes import desired
 
 TURN_S = 0.25
+COPY_TRIES = 5
+COPY_AGAIN_S = 0.2
+# What the stager and the slots remember.
+REMEMBERED = ("trust", "state", trusted_time.FILE)
 
 
 def rehearse(settings: Settings, bundle: Path, on_progress: Callable[[Progress], None] = lambda _: None) -> Outcome:
@@ -140,31 +146,34 @@ class _Rehearsal:
             select.select([child.channel], [], [], TURN_S)
             for message in child.channel.receive():
                 heard_at = time.monotonic()
-                if not isinstance(message, Progress | Qualifying):
+                if isinstance(message, Progress):
+                    self._on_progress(message)
+                elif not isinstance(message, Qualifying):
                     return message
-                self._on_progress(message)
         return None
 
     def _to_try(self, said: MetadataVerified) -> list[Release]:
         """The releases in the bundle that a slot would take."""
         assert self._stager.bundle is not None, "a rehearsal is of a bundle"
+        wanted = [self._taken(slot, said) for slot in self._settings.slots]
         with Bundle(Path(self._stager.bundle)) as bundle:
-            return [
-                release for release in said.releases if release.manifest in bundle and self._is_wanted(release, said)
-            ]
+            return [release for release in wanted if release is not None and release.manifest in bundle]
 
-    def _is_wanted(self, release: Release, said: MetadataVerified) -> bool:
-        slot = release.slot
-        if slot not in self._settings.slots:
-            return False
-        wished = desired(said.wishes, slot, self._settings.device, self._settings.groups)
-        if release.version in wished.withdrawn:
-            return False
-        if wished.pin is not None:
-            return release.version == wished.pin.version
+    def _taken(self, slot: str, said: MetadataVerified) -> Release | None:
+        """What the slot would have staged, by the very rules by which it would."""
         saved = self._state.load(slot)
         state = deployment.initial() if saved is None else deployment.decode(saved)
-        return deployment.newer(state, ReleaseOffered(ModelRef(digest=release.digest, version=release.version)))
+        wanted = desired(said.wishes, slot, self._settings.device, self._settings.groups)
+        for version in wanted.withdrawn:
+            state = deployment.step(state, VersionWithdrawn(version)).state
+        releases = [release for release in said.releases if release.slot == slot]
+        release, wish = demanded(wanted, releases, state.active)
+        if release is None:
+            return None
+        model = ModelRef(digest=release.digest, version=release.version)
+        event = ReleaseOffered(model) if wish is None else ReleasePinned(model, "rehearsed")
+        state = deployment.step(state, event).state
+        return release if isinstance(state, Staging) and state.candidate == model else None
 
 
 @contextmanager
@@ -177,14 +186,40 @@ def _started(settings: StagerSettings) -> Iterator[Child[FromStager]]:
 
 
 def _copy(state_dir: Path, folder: Path) -> None:
-    """Copy what the stager and the slots remember, where there is anything."""
-    try:
-        for name in ("trust", "state"):
-            if (state_dir / name).is_dir():
-                shutil.copytree(state_dir / name, folder / name)
-            else:
-                (folder / name).mkdir()
-        if (state_dir / trusted_time.FILE).is_file():
-            shutil.copy(state_dir / trusted_time.FILE, folder)
-    except (OSError, shutil.Error) as error:
-        raise Unavailable(f"cannot copy what this device trusts from {state_dir}: {error}") from error
+    """Copy what the stager and the slots remember, where there is anything, at a moment when nothing changes.
+
+    The daemon is not asked to wait: what changes while it is copied is copied again.
+    """
+    for tries_left in reversed(range(COPY_TRIES)):
+        before = _stamps(state_dir)
+        try:
+            for name in REMEMBERED:
+                _copy_one(state_dir / name, folder / name)
+        except (OSError, shutil.Error) as error:
+            if not tries_left:
+                raise Unavailable(f"cannot copy what this device trusts from {state_dir}: {error}") from error
+        else:
+            if _stamps(state_dir) == before:
+                return
+        time.sleep(COPY_AGAIN_S)
+    raise Unavailable(f"what this device trusts in {state_dir} does not stand still; try again")
+
+
+def _copy_one(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copy(source, target)
+    elif source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)  # an earlier try
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))  # half-written ones come and go
+
+
+def _stamps(state_dir: Path) -> dict[Path, tuple[int, int]]:
+    """By what a change of what is copied shows: each file's inode and time of last writing."""
+    found = {}
+    for name in REMEMBERED:
+        for path in ((state_dir / name), *(state_dir / name).rglob("*")):
+            if not path.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    about = path.lstat()
+                    found[path] = about.st_ino, about.st_mtime_ns
+    return found

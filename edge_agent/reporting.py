@@ -76,7 +76,10 @@ class Reporting:
 
     def leaving(self, link: Link) -> None:
         """Say that the device goes on purpose."""
-        self._status_file.unlink(missing_ok=True)
+        try:
+            self._status_file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", self._status_file, error)
         if link.connected:
             link.publish(topics.fleet(self._device, "availability"), OFFLINE, qos=1, retain=True)
 

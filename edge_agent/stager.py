@@ -9,7 +9,7 @@ SHA-256 that the level above names.
 
 from __future__ import annotations
 
-import errno
+import gc
 import logging
 import random
 import select
@@ -28,6 +28,7 @@ from edge_agent.qualification import qualify
 from edge_agent.sideload import BundleSource
 from edge_agent.staging import (
     NO_SPACE,
+    UNAVAILABLE,
     FromStager,
     MetadataRefused,
     MetadataVerified,
@@ -46,7 +47,7 @@ from edge_agent.trust import Trust, Verified, decoded_set
 from edge_agent.trusted_time import TrustedTime
 from protocol.bundle import Bundle
 from protocol.codec import MAX_PAYLOAD_BYTES
-from protocol.durable import write_durably
+from protocol.durable import is_full, write_durably
 from protocol.errors import EdgeswapError, Misconfigured, Rejected, Unavailable
 from protocol.lock import only_daemon
 from protocol.release import CHUNK_BYTES, DIGEST_BYTES, Release, manifest_digests
@@ -140,7 +141,7 @@ class Stager:
                 return Postponed(digest, refusal.code, refusal.text)
             return Refused(digest, refusal.code, refusal.text)
         except Unavailable as error:
-            return Postponed(digest, NO_SPACE if _is_full(error) else "disk", str(error))
+            return Postponed(digest, NO_SPACE if is_full(error) else "disk", str(error))
         except Misconfigured as error:
             return Postponed(digest, "misconfigured", str(error))
         return Staged(digest)
@@ -155,9 +156,10 @@ class Stager:
     def _fetched(self, release: Release) -> Postponed | None:
         """Fetch what is missing of a model, and join it."""
         count = release.chunk_count
-        trouble = self._no_room(release, release.length)
-        if trouble is not None:
-            return trouble
+        try:
+            self._store.require_room(release.manifest, release.length)
+        except Unavailable as error:
+            return Postponed(release.digest, NO_SPACE, str(error))
         source = self._source(release.digest)
         try:
             manifest = self._transfer(release, [release.manifest], [count * DIGEST_BYTES])
@@ -165,25 +167,15 @@ class Stager:
             if trouble is not None:
                 return trouble
             digests = _checked_manifest(self._store.chunk(release.manifest), release)
-            self._store.index_models(digests)
+            self._store.begin(release.manifest, digests, release.length)
             sizes = [CHUNK_BYTES] * (count - 1) + [release.length - CHUNK_BYTES * (count - 1)]
             transfer = self._transfer(release, digests, sizes)
-            missing_bytes = transfer.bytes_total - transfer.bytes_here
-            trouble = self._no_room(release, missing_bytes + release.length)
-            if trouble is None:
-                trouble = source.fetch(transfer, count, self._reporting(release.digest, transfer))
+            trouble = source.fetch(transfer, count, self._reporting(release.digest, transfer))
         finally:
             source.close()
         if trouble is None:
-            self._store.assemble(digests, release.digest, release.length)
+            self._store.assemble(release.digest)
         return trouble
-
-    def _no_room(self, release: Release, needed_bytes: int) -> Postponed | None:
-        try:
-            self._store.require_free(needed_bytes, self._settings.reserve_bytes)
-        except Unavailable as error:
-            return Postponed(release.digest, NO_SPACE, str(error))
-        return None
 
     def _source(self, digest: str) -> ChunkSource:
         if self._settings.bundle is not None:
@@ -238,8 +230,12 @@ class Stager:
         while not self._channel.closed and time.monotonic() < deadline:
             select.select([self._channel], [], [], TURN_S)
             self._channel.flush()
-            for message in self._channel.receive():
-                return message if isinstance(message, StageModel) else None
+            told = self._channel.receive()
+            if any(isinstance(message, Quit) for message in told):  # perhaps behind a task
+                return None
+            for message in told:
+                assert isinstance(message, StageModel), "the settings came first"
+                return message
         return None
 
     def _say(self, message: FromStager) -> None:
@@ -257,12 +253,9 @@ def _checked_manifest(manifest: bytes, release: Release) -> list[str]:
 def _reason(error: EdgeswapError) -> str:
     if isinstance(error, Rejected):
         return error.code
-    return "misconfigured" if isinstance(error, Misconfigured) else "unavailable"
-
-
-def _is_full(error: Unavailable) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    if isinstance(error, Misconfigured):
+        return "misconfigured"
+    return NO_SPACE if isinstance(error, Unavailable) and is_full(error) else UNAVAILABLE
 
 
 def main() -> int:
@@ -270,6 +263,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's business
     limits.yield_to_others()
+    gc.freeze()  # what was imported stays: a transfer's collections need not look at it
     channel: Channel[ToStager] = inherited_channel(sys.argv[1:], ToStager)
     settings = first_message(channel)
     if settings is None:

@@ -10,7 +10,7 @@ from protocol.messages import TransferStatus
 from protocol.release import Release
 from protocol.wishes import Pin, Withdrawal
 
-NO_SPACE = "no_space"
+NO_SPACE, UNAVAILABLE = "no_space", "unavailable"
 NO_BROKER = "no_broker"
 NO_ANSWER = "no_answer"
 # Reasons that say nothing about this device: it waits.
@@ -107,7 +107,8 @@ class MetadataVerified(Struct, frozen=True, tag=True):
 class MetadataRefused(Struct, frozen=True, tag=True):
     """The metadata set is not accepted; the stager ends.
 
-    The reason is one of `edge_agent.trust`, or `unavailable` (the disk) or `misconfigured`.
+    The reason is one of `edge_agent.trust`, or, where it was not looked at to the end, `no_space` or `unavailable` (the
+    disk), or `misconfigured`.
     """
 
     reason: str
@@ -166,8 +167,8 @@ class Refused(Struct, frozen=True, tag=True):
 class Postponed(Struct, frozen=True, tag=True):
     """The model could not be had now. What came stays on disk.
 
-    The reason is `no_broker`, `no_answer` (of the host), `incomplete_bundle`, `chunk_mismatch`, `no_space`, `disk` or
-    `misconfigured`.
+    The reason is `no_broker`, `no_answer` (of the host), `incomplete_bundle`, `bad_bundle`, `chunk_mismatch`,
+    `no_space`, `disk` or `misconfigured`.
     """
 
     digest: str

@@ -28,7 +28,8 @@ from edge_agent.streaming import Streaming
 from edge_agent.telemetry import Sensors
 from edge_agent.trail import MAX_EVENTS, Trail
 from protocol import service, topics
-from protocol.errors import Misconfigured, Unavailable
+from protocol.durable import unusable
+from protocol.errors import Unavailable
 from protocol.link import Link, Message, Will
 from protocol.messages import Event, Status
 
@@ -62,7 +63,7 @@ class Supervisor:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise Misconfigured(f"cannot use the folder {folder}: {error.strerror}") from error
+                raise unusable(folder, error) from error
         self._started_at = time.monotonic()
         self._telemetry_at = 0.0
         self._ready = False

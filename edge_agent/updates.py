@@ -3,11 +3,13 @@
 A metadata set that arrives waits in memory until no stager runs, and is then put beside the accepted one, in
 `metadata.new`. A stager child is started on it: it alone verifies, fetches and qualifies. Only what it has verified
 becomes `metadata.set`, so whatever is sent to a device, it can still verify after a restart what it had accepted.
-Verified releases are offered to the slots; those that want theirs staged say so, and the stager goes on.
+Verified releases are offered to the slots; those that want theirs staged say so, and the stager goes on. The set of a
+sideload file goes through a file of its own, `metadata.bundle`, so one that waits is not lost for it.
 
 One stager runs at a time. Newer metadata ends one that is fetching, since it may say that something else is wanted; the
 next one goes on from the chunks on disk. What was refused makes the next set wait a little, so a flood of sets costs a
-stager now and then and neither starves an update nor fills the audit trail.
+stager now and then and neither starves an update nor fills the audit trail. One that was refused for what may pass, as
+expired while the clock was ahead, makes way for the accepted one, and is looked at again later.
 
 What cannot be had now is tried again after a pause that grows to an hour, and soon after metadata comes, even if it
 says nothing new: then the broker and the host are back. That the host is away is told once; after that the model stays
@@ -28,6 +30,8 @@ from edge_agent.children import Child
 from edge_agent.inbox import Installation
 from edge_agent.staging import (
     HOST_AWAY,
+    NO_SPACE,
+    UNAVAILABLE,
     FromStager,
     MetadataRefused,
     MetadataVerified,
@@ -41,7 +45,7 @@ from edge_agent.staging import (
     StagerSettings,
 )
 from protocol.codec import MAX_PAYLOAD_BYTES
-from protocol.durable import OS_DISK, Disk, disk_errors, write_durably
+from protocol.durable import OS_DISK, Disk, disk_errors, is_full, write_durably
 from protocol.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -54,9 +58,8 @@ LAST_RETRY_S = 3600.0
 UNDISTURBED_S = 30.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 LAST_REFUSAL_PAUSE_S = 60.0
-
-# What a stager looks at.
-_ACCEPTED, _NEW, _BUNDLE = "accepted", "new", "bundle"
+# The same set may be accepted once the clock is right, or once a person has mended what is misconfigured.
+_PASSING = frozenset({"expired", "misconfigured"})
 
 
 class Updates:
@@ -98,6 +101,7 @@ class Updates:
         self._settings = settings
         self._accepted_file = metadata_file
         self._new_file = metadata_file.with_suffix(".new")
+        self._bundle_file = metadata_file.with_suffix(".bundle")
         self._on_verified = on_verified
         self._on_metadata_refused = on_metadata_refused
         self._on_staged = on_staged
@@ -111,12 +115,14 @@ class Updates:
         # What is to be looked at.
         self._arrived: bytes | None = None
         self._seen: bytes | None = None
+        self._misfit: int | None = None
+        self._told_misfit: int | None = None
         self._bundle: Installation | None = None
         self._fresh = False
         self._host_is_back = False
         # The stager, and what it has been told.
         self._stager: Child[FromStager] | None = None
-        self._subject = _ACCEPTED
+        self._subject = metadata_file
         self._installing: Installation | None = None
         self._installed: Installation | None = None
         self._verified = False
@@ -130,11 +136,17 @@ class Updates:
         self._wanted: list[str] = []
         self._told: dict[str, str] = {}
         self._told_refusal = ""
+        self._is_full = False
         self._retry_s = FIRST_RETRY_S
         self._resume_s = FIRST_RESUME_S
         self._retry_at: float | None = None
         self._pause_s = FIRST_REFUSAL_PAUSE_S
         self._pause_until = 0.0
+        # The last set that was refused for what may pass, why, and when that may have passed.
+        self._doubted: bytes | None = None
+        self._doubt = ""
+        self._doubt_s = FIRST_RETRY_S
+        self._doubt_at: float | None = None
         self.progress: dict[str, Progress] = {}
         self.metadata_version = 0
 
@@ -145,20 +157,17 @@ class Updates:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being fetched, or will be again."""
-        return self._stager is not None or self._has_work or self._retry_at is not None
+        """Whether a stager writes, or soon will; while the disk is too full for that, only room can help."""
+        return self._stager is not None or (not self._is_full and (self._has_work or self._retry_at is not None))
 
     def metadata_arrived(self, payload: bytes) -> None:
         """Have a metadata set verified, unless it is the one that was looked at last."""
-        if payload == self._seen:
-            self._host_is_back = True
-            return
-        self._seen = payload
         if not 0 < len(payload) <= MAX_PAYLOAD_BYTES:
-            text = f"a metadata set of {len(payload)} bytes; at most {MAX_PAYLOAD_BYTES} are possible"
-            self._on_metadata_refused("malformed" if not payload else "too_long", text)
-            return
-        self._arrived = payload
+            self._misfit = len(payload)
+        elif payload == self._seen:
+            self._host_is_back = True
+        else:
+            self._seen = self._arrived = payload
 
     def install(self, bundle: Installation) -> None:
         """Have the metadata and the models of a sideload file looked at, before anything else."""
@@ -191,7 +200,7 @@ class Updates:
             self._stager.kill()
             self._gone()
             self._current = None
-            self._fresh = bool(self._wanted)
+            self._fresh |= bool(self._wanted)
 
     def tick(self, now: float) -> None:
         """Start a stager when there is something to look at, end one that hangs or is out of date."""
@@ -202,19 +211,27 @@ class Updates:
             self._oversee(self._stager, now)
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at, self._fresh = None, True
-        if not self._stopped and self._stager is None and now >= self._pause_until and self._has_work:
+        if self._doubt_at is not None and now >= self._doubt_at:
+            self._doubt_at, self._fresh = None, True
+            self._arrived = self._arrived or self._doubted
+        if self._stopped or now < self._pause_until:
+            return
+        if self._misfit != self._told_misfit:  # it waits for no stager, and keeps none from starting now
+            self._tell_misfit(now)
+        if self._stager is None and self._has_work:
             try:
                 self._begin(now)
             except Unavailable as error:
                 self._pause_until = self._retry_later(now)
-                self._cannot_look(error)
+                self._cannot_look(NO_SPACE if is_full(error) else UNAVAILABLE, str(error))
 
-    def _cannot_look(self, error: Unavailable) -> None:
+    def _cannot_look(self, reason: str, text: str) -> None:
         """Say that metadata waits for the disk or for a process; once, until some was looked at."""
-        log.error("cannot look at the metadata set: %s", error)
-        if self._told_refusal != "unavailable":
-            self._told_refusal = "unavailable"
-            self._on_metadata_refused("unavailable", str(error))
+        log.error("cannot look at the metadata set: %s", text)
+        self._is_full = reason == NO_SPACE
+        if self._told_refusal != reason:
+            self._told_refusal = reason
+            self._on_metadata_refused(reason, text)
 
     def receive(self, child: Child[FromStager], now: float) -> None:
         """Deal with what the stager said, or with its end."""
@@ -246,6 +263,8 @@ class Updates:
     def _begin(self, now: float) -> None:
         """Start a stager on a bundle, else on a set that has not been verified, else on the accepted one.
 
+        A bundle's set that lies there was verified before a daemon that died could put it in its place.
+
         Raises:
             Unavailable: The set cannot be written, or no process can be started. All stays to be done.
         """
@@ -254,16 +273,13 @@ class Updates:
             write_durably(self._new_file, arrived, disk=self._disk)
             self._arrived = None
         with disk_errors(self._accepted_file.parent, 0, self._disk):
-            if bundle is not None:
-                self._subject = _BUNDLE
-            else:
-                self._subject = _NEW if self._disk.is_file(self._new_file) else _ACCEPTED
-            file = self._accepted_file if self._subject == _ACCEPTED else self._new_file
-            if bundle is None and not self._disk.is_file(file):
-                self._fresh = False
-                return
+            kept = (self._new_file, self._bundle_file, self._accepted_file)
+            found = self._bundle_file if bundle else next((file for file in kept if self._disk.is_file(file)), None)
         self._fresh = False
-        settings = replace(self._settings, metadata_file=str(file), bundle=str(bundle.path) if bundle else None)
+        if found is None:
+            return
+        self._subject = found
+        settings = replace(self._settings, metadata_file=str(found), bundle=str(bundle.path) if bundle else None)
         self._verified = self._settled = self._dismissed = False
         self._began_at = self._heard_at = now
         try:
@@ -272,6 +288,7 @@ class Updates:
             self._fresh = True
             raise
         self._installing, self._bundle = bundle, None
+        self._is_full = False
 
     def _oversee(self, stager: Child[FromStager], now: float) -> None:
         if now - self._heard_at > STALL_LIMIT_S:
@@ -291,6 +308,7 @@ class Updates:
         self._stager = None
         if self._installing is not None:
             self._installed, self._installing = self._installing, None
+            self._fresh |= self._read(self._new_file) is not None  # it waited for the bundle
 
     def _ended(self, child: Child[FromStager], now: float) -> None:
         child.kill()
@@ -300,7 +318,7 @@ class Updates:
             self._installing.stager_died(digest, how)
         self._gone()
         if self._dismissed:
-            self._fresh = bool(self._wanted)
+            self._fresh |= bool(self._wanted) or not self._settled
         elif digest is not None and self._qualifying:
             self._forget(digest)
             self._on_stager_died(digest, how)
@@ -311,7 +329,7 @@ class Updates:
         elif not self._settled:
             log.warning("the metadata set was not looked at to the end (stager: %s)", how)
             self._retry_later(now)
-        elif self._wanted and self._retry_at is None:
+        elif self._wanted and self._retry_at is None and self._doubt_at is None:
             self._retry_later(now)
 
     def _how_it_ended(self, child: Child[FromStager]) -> str:
@@ -346,14 +364,22 @@ class Updates:
 
     def _accept(self, message: MetadataVerified) -> None:
         self._verified = self._settled = True
-        self._pause_s = FIRST_REFUSAL_PAUSE_S
+        if message.version > self.metadata_version:  # who can only repeat it shortens no pause
+            self._pause_s = FIRST_REFUSAL_PAUSE_S
+            self._misfit = self._told_misfit = None
         self._told_refusal = ""
-        if self._subject != _ACCEPTED:
+        if self._subject == self._new_file:
+            self._doubted = None
+        if self._doubted is None:
+            self._doubt_s, self._doubt_at = FIRST_RETRY_S, None
+        if self._subject != self._accepted_file:
             self._told.clear()
             self._retry_s, self._retry_at = FIRST_RETRY_S, None
             try:
                 with disk_errors(self._accepted_file.parent, 0, self._disk):
-                    self._disk.rename(self._new_file, self._accepted_file)
+                    if self._subject == self._new_file:
+                        self._disk.remove(self._bundle_file)  # of a set before
+                    self._disk.rename(self._subject, self._accepted_file)
                     self._disk.sync_folder(self._accepted_file.parent)
             except Unavailable as error:  # it is verified once more after the next restart
                 log.error("cannot keep the accepted metadata set in its place: %s", error)
@@ -361,23 +387,63 @@ class Updates:
         self._on_verified(message)
 
     def _refuse(self, message: MetadataRefused, now: float) -> None:
-        if message.reason == "unavailable":  # not looked at to the end
-            self._cannot_look(Unavailable(message.text))
+        if message.reason in (NO_SPACE, UNAVAILABLE):  # not looked at to the end
+            self._cannot_look(message.reason, message.text)
             return
         self._settled = True
-        self._fresh = self._subject != _ACCEPTED and (bool(self._wanted) or not self.metadata_version)
+        self._pause(now)
+        is_passing = message.reason in _PASSING
+        is_known, is_over = False, True
+        if self._subject == self._new_file:
+            is_known = self._doubts_again(message.reason, now)
+            self._remove_subject()
+        elif self._installing is None:  # it was accepted before, and is looked at again and again while it is needed
+            is_known, self._told_refusal = message.reason == self._told_refusal, message.reason
+            if is_passing and not self.metadata_version:
+                self._doubt_later(now)
+            is_over = self._subject == self._bundle_file and not is_passing
+            if is_over:
+                self._remove_subject()
+        self._fresh = is_over and (bool(self._wanted) or not self.metadata_version)
+        if not is_known:
+            self._on_metadata_refused(message.reason, message.text)
+
+    def _doubts_again(self, reason: str, now: float) -> bool:
+        """Keep a new set that was refused for what may pass, the last one. Whether that had been told of it."""
+        payload = self._read(self._subject)
+        is_same = payload is not None and payload == self._doubted
+        is_known = is_same and reason == self._doubt
+        if reason in _PASSING:
+            self._doubted, self._doubt = payload, reason
+            self._doubt_later(now)
+        elif is_same:
+            self._doubted = None
+        return is_known
+
+    def _doubt_later(self, now: float) -> None:
+        """Look again after a pause that grows."""
+        if self._doubt_at is None:
+            self._doubt_at = now + self._doubt_s * self._rng.uniform(0.75, 1.25)
+            self._doubt_s = min(2 * self._doubt_s, LAST_RETRY_S)
+
+    def _remove_subject(self) -> None:
+        try:
+            with disk_errors(self._subject.parent, 0, self._disk):
+                self._disk.remove(self._subject)
+        except Unavailable as error:
+            log.error("cannot remove the refused metadata set: %s", error)
+
+    def _tell_misfit(self, now: float) -> None:
+        """Refuse what can be no metadata set, by its length; once for many alike."""
+        self._pause(now)
+        text = f"a metadata set of {self._misfit} bytes; at most {MAX_PAYLOAD_BYTES} are possible"
+        self._on_metadata_refused("too_long" if self._misfit else "malformed", text)
+        self._told_misfit = self._misfit
+
+    def _pause(self, now: float) -> None:
+        """What was refused makes the next set wait a little."""
         self._pause_until = now + self._pause_s * self._rng.uniform(0.75, 1.25)
         self._pause_s = min(2 * self._pause_s, LAST_REFUSAL_PAUSE_S)
-        if self._subject == _NEW:
-            try:
-                with disk_errors(self._new_file.parent, 0, self._disk):
-                    self._disk.remove(self._new_file)
-            except Unavailable as error:
-                log.error("cannot remove the refused metadata set: %s", error)
-        if self._subject != _ACCEPTED or message.reason != self._told_refusal:
-            self._on_metadata_refused(message.reason, message.text)
-        if self._subject == _ACCEPTED:  # it is looked at again and again while a model is wanted
-            self._told_refusal = message.reason
 
     def _postpone(self, message: Postponed, now: float) -> None:
         """Say that a model cannot be had now, and try it again later.
@@ -429,3 +495,6 @@ class Updates:
         if self._retry_at is not None:
             self._retry_s = FIRST_RETRY_S
             self._retry_at = min(self._retry_at, now + self._retry_s * self._rng.uniform(0.25, 1.0))
+        if self._doubt_at is not None:
+            self._doubt_s = FIRST_RETRY_S
+            self._doubt_at = min(self._doubt_at, now + self._doubt_s * self._rng.uniform(0.25, 1.0))

@@ -14,16 +14,19 @@ import errno
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from protocol.errors import Unavailable
+from protocol.errors import Misconfigured, Unavailable
 
 log = logging.getLogger(__name__)
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What stays so until somebody changes owners, modes or names.
+_FOR_A_PERSON = frozenset({errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
 
 class Disk(Protocol):
@@ -50,8 +53,14 @@ class Disk(Protocol):
     def write(self, path: Path, pieces: Iterable[bytes], *, sync: bool) -> None:
         """Make a file, or empty it, and write it; with `sync`, its content is on the disk on return."""
 
-    def overwrite(self, path: Path, data: bytes, *, sync: bool) -> None:
-        """Write over the first bytes of a file that is long enough: this needs no room."""
+    def reserve(self, path: Path, size: int) -> None:
+        """Make a file of `size` zeros, or make it anew, with the room for what will be written over them."""
+
+    def overwrite(self, path: Path, data: bytes, *, sync: bool, at: int = 0) -> None:
+        """Write over bytes of a file that is long enough, from `at` on: this needs no room.
+
+        With `sync`, all of the file's content is on the disk on return.
+        """
 
     def rename(self, path: Path, target: Path) -> None:
         """Give a file another name, in place of what had it."""
@@ -104,9 +113,18 @@ class OsDisk:
             if sync:
                 os.fsync(file.fileno())
 
-    def overwrite(self, path: Path, data: bytes, *, sync: bool) -> None:
+    def reserve(self, path: Path, size: int) -> None:
+        """See `Disk`. Where the system cannot reserve, the file takes its room when it is written over."""
+        with path.open("wb") as file:
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                os.ftruncate(file.fileno(), size)
+
+    def overwrite(self, path: Path, data: bytes, *, sync: bool, at: int = 0) -> None:
         """See `Disk`."""
         with path.open("r+b") as file:
+            file.seek(at)
             file.write(data)
             file.flush()
             if sync:
@@ -198,6 +216,18 @@ def require_free(folder: Path, needed_bytes: int, reserve_bytes: int = 0, disk: 
         raise Unavailable(
             f"{folder} needs {needed_bytes} bytes and a reserve of {reserve_bytes}, but {free} bytes are free"
         )
+
+
+def is_full(error: Unavailable) -> bool:
+    """Whether it was for want of room."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _FULL
+
+
+def unusable(folder: Path, error: OSError) -> Misconfigured | Unavailable:
+    """What to raise where a folder cannot be made or used: only some of it can a person mend, the rest may pass."""
+    kind = Misconfigured if error.errno in _FOR_A_PERSON else Unavailable
+    return kind(f"cannot use the folder {folder}: {error.strerror or error}")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from protocol.errors import Misconfigured, Unavailable
+from protocol.durable import unusable
+from protocol.errors import Unavailable
 
 WAIT_S = 0.25
 RETRY_S = 0.05
@@ -29,16 +30,16 @@ def only_daemon(state_dir: Path, program: str, *, wait_s: float = WAIT_S) -> Ite
         wait_s: How long to wait for another that is ending.
 
     Raises:
-        Unavailable: Another daemon of the program has it.
-        Misconfigured: It cannot be made or written to.
+        Unavailable: Another daemon of the program has it, or the disk failed.
+        Misconfigured: It must not be made or written to.
     """
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _opened(lock_file(state_dir, program))
+        descriptor = open_lock(lock_file(state_dir, program))
     except OSError as error:
-        raise Misconfigured(f"cannot write to {state_dir}: {error.strerror}") from error
+        raise unusable(state_dir, error) from error
     try:
-        if not _taken_in_time(descriptor, wait_s):
+        if not take(descriptor, wait_s):
             raise Unavailable(f"another {program} is running on {state_dir}")
         yield
     finally:
@@ -62,8 +63,15 @@ def lock_file(state_dir: Path, program: str) -> Path:
     return state_dir / f"{program}.lock"
 
 
-def _opened(path: Path) -> int:
-    """The lock's file, made if need be; on a disk that went read-only it is there already, and reading is enough."""
+def open_lock(path: Path) -> int:
+    """A lock's file, made if need be; on a disk that went read-only it is there already, and reading is enough.
+
+    Returns:
+        Its descriptor. Closing it gives the lock back.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -72,7 +80,8 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY)
 
 
-def _taken_in_time(descriptor: int, wait_s: float) -> bool:
+def take(descriptor: int, wait_s: float) -> bool:
+    """Take a lock that is open, within `wait_s` seconds. Returns whether that was done."""
     deadline = time.monotonic() + wait_s
     while not _taken(descriptor):
         if time.monotonic() >= deadline:

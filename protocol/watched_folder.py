@@ -18,6 +18,7 @@ from typing import NamedTuple
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
+from protocol.durable import unusable
 from protocol.errors import Misconfigured
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class WatchedFolder:
         things: Makes of the files that are there, by name, the things to wait for.
 
     Raises:
-        Misconfigured: The folder cannot be made or written to.
+        Misconfigured: The folder must not be made. Where the disk fails, it is tried again now and then.
     """
 
     def __init__(
@@ -89,16 +90,13 @@ class WatchedFolder:
         things: Callable[[Mapping[str, Stamp]], Mapping[str, Hashable]],
     ) -> None:
         self.folder = folder
+        self._parts = parts
         self._settling = Settling(settle_s)
         self._things = things
+        self._is_made = self._made()
         self._look_at = 0.0
         self._changed, self._told = socket.socketpair()
         self._observer = Observer()
-        try:
-            for made in (folder, *(folder / part for part in parts)):
-                made.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Misconfigured(f"cannot make the inbox {folder}: {error.strerror}") from error
         for end in (self._changed, self._told):
             end.setblocking(False)
 
@@ -143,9 +141,24 @@ class WatchedFolder:
         """
         if now < self._look_at:
             return []
+        if not self._is_made:
+            self._is_made = self._made()
         names = self._settling.look(self._things(self._files()), now)
         self._look_at = now + (SETTLING_LOOK_S if self._settling.waiting else LOOK_S)
         return names
+
+    def _made(self) -> bool:
+        """Make the folder and its parts. Whether the disk let that be done."""
+        try:
+            for folder in (self.folder, *(self.folder / part for part in self._parts)):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refusal = unusable(self.folder, error)
+            if isinstance(refusal, Misconfigured):
+                raise refusal from error
+            log.error("%s; trying again in %.0f s", refusal, LOOK_S)
+            return False
+        return True
 
     def _files(self) -> dict[str, Stamp]:
         """The regular files in the folder, at most `MAX_FILES`."""

@@ -18,6 +18,12 @@ from protocol.topics import checked_name
 
 FIELD = "x-edgeswap-wishes"
 MAX_WISHES = 64
+MAX_NAMES = 64
+MAX_AUTHOR_CHARACTERS = 128
+MAX_NOTE_CHARACTERS = 256
+LAST_SECOND = 253_402_300_799  # of the year 9999, the last that calendars know
+
+Names = Annotated[tuple[str, ...], Meta(max_length=MAX_NAMES)]
 
 
 class Wish(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="wish", tag=str.lower):
@@ -35,11 +41,11 @@ class Wish(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="wis
 
     slot: str
     version: Annotated[int, Meta(ge=0, le=2**53)]
-    devices: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    at: float = 0.0
-    by: str = ""
-    note: str = ""
+    devices: Names = ()
+    groups: Names = ()
+    at: Annotated[float, Meta(ge=0, le=LAST_SECOND)] = 0.0
+    by: Annotated[str, Meta(max_length=MAX_AUTHOR_CHARACTERS)] = ""
+    note: Annotated[str, Meta(max_length=MAX_NOTE_CHARACTERS)] = ""
 
     def concerns(self, device: str, groups: Collection[str]) -> bool:
         """Whether it is for a device that belongs to these groups."""
@@ -110,4 +116,8 @@ def from_field(value: Any) -> tuple[Pin | Withdrawal, ...]:
         raise Rejected("bad_wishes", f"{len(wishes)} wishes, more than {MAX_WISHES}", FIELD)
     for wish in wishes:
         checked_name(wish.slot, "slot")
+        for name in wish.devices:
+            checked_name(name, "device")
+        for name in wish.groups:
+            checked_name(name, "group")
     return wishes

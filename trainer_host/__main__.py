@@ -309,11 +309,13 @@ def show_history(*, slot: str | None = None, limit: int = 20, config: ConfigFile
 @app.command
 def status(*, config: ConfigFile = None, json: JsonFlag = False) -> int:
     """Show what is stored and released. Exit code 1 if the daemon is not running."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
     from msgspec.json import encode, format  # noqa: A004, PLC0415
 
     from trainer_host import overview  # noqa: PLC0415
 
-    found = overview.read(_settings(config))
+    found = overview.read(_settings(config), datetime.now(UTC))
     if json:
         sys.stdout.write(format(encode(found)).decode() + "\n")
     else:
@@ -348,9 +350,10 @@ def _wished(slot: str, edit: Callable[[Said], Edit], note: str, config: Path | N
 
     settings = _settings(config)
     repository, now = open_repository(settings), datetime.now(UTC)
-    text = wishes.carry_out(repository, slot, edit(wishes.Said(now.timestamp(), wishes.author(), note)), now)
+    text = wishes.carry_out(repository, slot, edit(wishes.said_here(now.timestamp(), note)), now)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+    repository.copy_root(settings.root_file)
     publish_once(settings.broker, settings.client_id, repository.metadata_set())
     return DONE
 

@@ -85,6 +85,7 @@ class ChunkServer:
         self._manifests: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._in_flight: deque[int] = deque()
+        self._in_flight_bytes = 0
 
     @property
     def waiting(self) -> int:
@@ -99,7 +100,7 @@ class ChunkServer:
     @property
     def in_flight_bytes(self) -> int:
         """How many bytes are published and not acknowledged."""
-        return sum(self._in_flight)
+        return self._in_flight_bytes
 
     def requested(self, request: ChunkRequest, now: float) -> None:
         """Queue what a device asks for; a request that makes no sense is counted and ignored.
@@ -151,6 +152,7 @@ class ChunkServer:
                     stream.published += 1
                     stream.numbers.setdefault(index, []).append(stream.published)
                 self._in_flight.append(len(payload))
+                self._in_flight_bytes += len(payload)
                 self.published_chunks += 1
                 return Publication(topics.chunk(digest), payload)
             if stream.is_quiet(now):
@@ -160,11 +162,12 @@ class ChunkServer:
     def published(self) -> None:
         """The broker has acknowledged a publication (it does so in order: MQTT 5 section 4.6)."""
         if self._in_flight:
-            self._in_flight.popleft()
+            self._in_flight_bytes -= self._in_flight.popleft()
 
     def disconnected(self) -> None:
         """The connection is lost: no acknowledgement will come. Devices ask again for what they miss."""
         self._in_flight.clear()
+        self._in_flight_bytes = 0
 
     def _queue(self, stream: _Stream, digest: str, index: int | None) -> None:
         if digest in stream.waiting:
@@ -274,4 +277,9 @@ def wanted_chunks(wanted: bytes, count: int) -> list[int]:
     bits = int.from_bytes(wanted, "little")
     if len(wanted) != -(-count // 8) or bits >> count:
         raise Rejected("bad_bitmap", f"a bitmap of {len(wanted)} bytes does not fit {count} chunks", "wanted")
-    return [index for index in range(count) if bits >> index & 1]
+    indices = []
+    while bits:
+        lowest = bits & -bits
+        indices.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return indices

@@ -1,10 +1,11 @@
 """Who holds which key, changed and checked: the folder of keys and the repository's root together.
 
 A change takes three steps, in an order that may be cut anywhere: the new key is listed in `keys.json`; a root that
-names it is signed and published; what that root dropped is put aside. Cut after the first, a key is listed that no root
-names, and nothing signs with it. Cut after the second, an old key is still listed, and nothing signs with it either;
-the next change puts it aside. The index knows every key that the root names at any time. `examine` says where things
-stand and what to do.
+names it is signed and published; `root.json` for new devices is replaced, and what that root dropped is put aside. Cut
+after the first, a key is listed that no root names, and nothing signs with it. Cut after the second, an old key is
+still listed, and nothing signs with it either; the next change puts it aside, and that or the host's next start
+replaces `root.json`. The index knows every key that the root names at any time. `examine` says where things stand and
+what to do.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Custody:
     Args:
         folder: Where `keys.json` is.
         repository: With a `keys.Keyring` on the same folder as its signers.
+        root_file: A copy of the newest root, which devices are provisioned with.
         secret: Opens keys, and encrypts new ones where it is a passphrase.
         tell: Is given sentences for people, while things happen.
 
@@ -50,9 +52,12 @@ class Custody:
     `Repository.change_root` raises.
     """
 
-    def __init__(self, folder: Path, repository: Repository, secret: str | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, repository: Repository, root_file: Path, secret: str | None, tell: Callable[[str], None]
+    ) -> None:
         self._folder = folder
         self._repository = repository
+        self._root_file = root_file
         self._secret = secret
         self._tell = tell
 
@@ -147,12 +152,13 @@ class Custody:
         self.settle()
 
     def settle(self) -> None:
-        """Put aside the keys that the root has dropped.
+        """Do what follows a new root: new devices are to be given it, and the keys that it drops are put aside.
 
         Raises:
             Misconfigured: The folder cannot be written by this user, or there is no repository.
-            Unavailable: The disk failed.
+            Unavailable: The disk or the lock failed.
         """
+        self._repository.copy_root(self._root_file)
         for role, keyid, path in keys.settle(self._folder, self._repository.roots()):
             self._tell_retired(role, keyid, path)
 
@@ -179,7 +185,7 @@ class Custody:
         return rows
 
     def examine(self, now: datetime, lifetimes: Lifetimes) -> Iterator[Finding]:
-        """Check everything: keys, index against root, thresholds, roots, expiry, and the set as a client sees it."""
+        """Check everything: keys, index, thresholds, roots, expiry, `root.json`, and the set as a client sees it."""
         roots = self._repository.roots()
         index = keys.roles(self._folder)
         usable: dict[str, set[str]] = {}
@@ -195,6 +201,7 @@ class Custody:
         for role in keys.ROLES:
             yield _examine_threshold(role, roots[-1], {entry.keyid for entry in index[role]}, usable[role])
         yield from _examine_expiry(self._repository.expiries(), now, lifetimes)
+        yield self._examine_root_file(roots)
         yield _examine_as_client(self._repository)
 
     def _examine_key(self, role: str, entry: KeyEntry) -> tuple[Finding, bool]:
@@ -255,6 +262,19 @@ class Custody:
             remedy = f"Sign it where the keys are, and accept it: trainer-host accept {path}"
             yield Finding(f"request {path.name}", Health.WARNING, said or "every signature is there", remedy)
 
+    def _examine_root_file(self, roots: list[Root]) -> Finding:
+        """What new devices are given is the newest root."""
+        path, newest = self._root_file, f"root version {roots[-1].version}"
+        remedy = (
+            f"Write it there, and do not give devices an older one: trainer-host keys init writes {path.name} again."
+        )
+        try:
+            if path.read_bytes() == self._repository.root():
+                return Finding(path.name, Health.OK, f"new devices are given {newest}, the newest")
+        except OSError as error:
+            return Finding(path.name, Health.FAILED, f"cannot read {path}: {error.strerror}", remedy)
+        return Finding(path.name, Health.FAILED, f"{path} is not {newest}, the newest", remedy)
+
     def _change(self, change: Callable[[Root], None], now: datetime) -> None:
         self._repository.change_root(change, now)
         self._tell(f"The root is now version {self._repository.roots()[-1].version}.")
@@ -285,7 +305,7 @@ def open_repository(settings: Settings) -> Repository:
 
 def open_custody(settings: Settings, tell: Callable[[str], None]) -> Custody:
     """The keys of a host; raises as `open_repository`."""
-    return Custody(Path(settings.keys_dir), open_repository(settings), settings.passphrase(), tell)
+    return Custody(Path(settings.keys_dir), open_repository(settings), settings.root_file, settings.passphrase(), tell)
 
 
 def _known(role: str) -> None:

@@ -144,7 +144,7 @@ def read(
         )
         for new, old in _pairs(folder, Metadata[Targets].from_bytes(current.targets).signed.version)
     )
-    return list(islice((entry for entry in entries if slot is None or _says_something(entry)), limit))[::-1]
+    return list(islice((entry for entry in entries if slot is None or _says_something(entry)), max(limit, 0)))[::-1]
 
 
 def rows(entries: Iterable[Entry]) -> list[dict[str, Any]]:

@@ -27,10 +27,9 @@ keys_app = App(name="keys", help="The keys that sign releases.")
 
 @keys_app.command
 def init(*, config: ConfigFile = None) -> int:
-    """Make the four roles' keys and an empty repository; done once."""
+    """Make the four roles' keys and an empty repository; done once. What was interrupted is finished."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
-    from protocol.durable import write_durably  # noqa: PLC0415
     from protocol.errors import Misconfigured  # noqa: PLC0415
     from trainer_host import keys  # noqa: PLC0415
     from trainer_host.custody import open_repository  # noqa: PLC0415
@@ -38,13 +37,17 @@ def init(*, config: ConfigFile = None) -> int:
     settings = settings_of(config)
     folder, passphrase = Path(settings.keys_dir), settings.passphrase()
     repository = open_repository(settings)
+    root = settings.root_file
     if repository.exists:
-        raise Misconfigured(f"{settings.repository_dir} already holds a repository")
+        if root.exists() and root.read_bytes() == repository.root():
+            raise Misconfigured(f"{settings.repository_dir} already holds a repository")
+        repository.copy_root(root)  # the last command ended before this
+        sys.stdout.write(f"Wrote the newest root of trust, which devices are provisioned with: {root}\n")
+        return DONE
     if not (folder / keys.INDEX).exists():  # else the last attempt ended between the two
         keys.init(folder, passphrase)
     repository.create(datetime.now(UTC))
-    root = Path(settings.state_dir) / "root.json"
-    write_durably(root, repository.root())
+    repository.copy_root(root)
     encrypted = "encrypted" if passphrase else "not encrypted (set passphrase_file before, if they should be)"
     sys.stdout.write(
         f"Made the keys of four roles in {folder}, {encrypted}, and an empty repository in {settings.repository_dir}.\n"
@@ -178,20 +181,27 @@ def accept(file: RequestFile, *, config: ConfigFile = None) -> int:
     """Check a signing request that came back, and publish what it holds."""
     from datetime import UTC, datetime  # noqa: PLC0415
 
+    from protocol.errors import Unavailable  # noqa: PLC0415
     from trainer_host import signing  # noqa: PLC0415
     from trainer_host.custody import open_repository  # noqa: PLC0415
     from trainer_host.database import Database  # noqa: PLC0415
+    from trainer_host.metadata_topic import publish_once  # noqa: PLC0415
     from trainer_host.registry import Registry  # noqa: PLC0415
 
     settings = settings_of(config)
     _custody(settings).accept(signing.read(file), datetime.now(UTC))
-    releases = open_repository(settings).releases()
-    database = Database(settings.database)
+    repository, database = open_repository(settings), Database(settings.database)
     try:
-        Registry(database).signed({(release.slot, release.digest): release.version for release in releases})
+        Registry(database).signed(repository.releases())
     finally:
         database.close()
-    sys.stdout.write("A host that runs publishes it within seconds, another at its start.\n")
+    try:
+        publish_once(settings.broker, settings.client_id, repository.metadata_set())
+    except Unavailable as error:
+        raise Unavailable(
+            f"{error}. It is accepted all the same: a host that runs publishes it as soon as it reaches the broker, "
+            "another at its start"
+        ) from error
     return DONE
 
 

@@ -53,7 +53,7 @@ from securesystemslib.signer import (  # type: ignore[attr-defined]
 )
 from tuf.api.metadata import Root  # type: ignore[attr-defined]
 
-from protocol.durable import write_durably
+from protocol.durable import OS_DISK, write_durably
 from protocol.errors import EdgeswapError, Misconfigured, Unavailable
 
 ROLES = ("root", "targets", "snapshot", "timestamp")
@@ -404,7 +404,7 @@ def _write_new(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _sync(path.parent)
+        OS_DISK.sync_folder(path.parent)
     except OSError as error:
         raise _trouble(error, f"cannot write the key {path}") from error
 
@@ -425,19 +425,11 @@ def _put_aside(folder: Path, path: Path, role: str, keyid: str) -> Path | None:
         if aside.exists():
             raise Misconfigured(f"{aside} is there already: compare it with {path}, and move one of them away")
         path.rename(aside)
-        _sync(aside.parent)
-        _sync(path.parent)
+        OS_DISK.sync_folder(aside.parent)
+        OS_DISK.sync_folder(path.parent)
     except OSError as error:
         raise _trouble(error, f"cannot move {path} to {aside}") from error
     return aside
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _found(folder: Path, uri: str, secret: Secret) -> KeyEntry:

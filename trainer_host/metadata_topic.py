@@ -40,7 +40,7 @@ class MetadataTopic:
         self._source = source
         self._current = b""  # nothing was read yet; an empty retained message would delete the broker's
         self._trouble = ""
-        self._foreign = False
+        self._held: bytes | None = None
         self._look_at = 0.0
         self._published_at = -REPAIR_S
         self._unpublished = True
@@ -52,20 +52,23 @@ class MetadataTopic:
 
     def heard(self, payload: bytes) -> None:
         """The broker has this set: ours, an older one of ours, or somebody else's."""
-        self._foreign = payload != self._current
+        self._held = payload
+        if payload != self._current:  # a command of ours may have signed it since the last look
+            self._look_at = 0.0
 
     def tick(self, link: Link, now: float) -> None:
         """Look into the repository, and publish what is new or was replaced."""
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._look()
-        repair = self._foreign and now - self._published_at >= REPAIR_S
+        foreign = self._held is not None and self._held != self._current
+        repair = foreign and now - self._published_at >= REPAIR_S
         if self._current and link.connected and (self._unpublished or repair):
             if repair and not self._unpublished:
                 log.warning("the broker held a metadata set that is not this host's; publishing ours again")
             link.publish(topics.METADATA, self._current, qos=1, retain=True)
             self._published_at = now
-            self._unpublished = self._foreign = False
+            self._unpublished, self._held = False, None
 
     def _look(self) -> None:
         """Read the set; what cannot be read now is told once, and looked at again."""

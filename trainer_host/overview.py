@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from protocol.lock import is_running
+from trainer_host import keys
 from trainer_host.database import Database
-from trainer_host.repository import Repository
+from trainer_host.repository import WARNING_SHARE, Repository
 from trainer_host.settings import PROGRAM, Settings
 from trainer_host.store import Record, SlotTotal, Store
 
@@ -26,6 +28,8 @@ class Overview(Struct, frozen=True, kw_only=True):
         totals: Transitions by slot.
         released: Newest released version by slot.
         battles: How they ended, by slot and version.
+        signed_until: Of root and targets, seconds since the epoch; empty without a repository.
+        renew: Those of them that a person must sign again soon, or should have.
     """
 
     running: bool
@@ -36,10 +40,16 @@ class Overview(Struct, frozen=True, kw_only=True):
     totals: list[SlotTotal]
     released: dict[str, int]
     battles: list[Record]
+    signed_until: dict[str, float]
+    renew: list[str]
 
 
-def read(settings: Settings) -> Overview:
+def read(settings: Settings, now: datetime) -> Overview:
     """Read it.
+
+    Args:
+        settings: Whose state folder it is.
+        now: Aware of its time zone.
 
     Raises:
         Misconfigured: There is no usable database or repository.
@@ -47,6 +57,8 @@ def read(settings: Settings) -> Overview:
     """
     repository = Repository(settings.repository_dir)
     releases = repository.releases() if repository.exists else []
+    expiries = repository.expiries() if repository.exists else {}
+    expiries = {role: expires for role, expires in expiries.items() if role in keys.OFFLINE_ROLES}
     database = Database(settings.database)
     try:
         store = Store(database)
@@ -60,6 +72,12 @@ def read(settings: Settings) -> Overview:
             totals=store.totals(),
             released={release.slot: release.version for release in releases},
             battles=store.statistics(),
+            signed_until={role: expires.timestamp() for role, expires in expiries.items()},
+            renew=[
+                role
+                for role, expires in expiries.items()
+                if expires - now < settings.lifetimes.of(role) * WARNING_SHARE
+            ],
         )
     finally:
         database.close()
@@ -73,6 +91,10 @@ def facts(overview: Overview) -> list[dict[str, Any]]:
         {"": "state", "is": overview.state_dir},
         {"": "devices", "is": f"{overview.devices}, {overview.online} of them online"},
         {"": "set aside", "is": aside},
+        *(
+            {"": f"{role} signed until", "is": _signed_until(expires, renew=role in overview.renew, role=role)}
+            for role, expires in overview.signed_until.items()
+        ),
     ]
 
 
@@ -101,3 +123,8 @@ def battle_rows(overview: Overview) -> list[dict[str, Any]]:
         }
         for record in overview.battles
     ]
+
+
+def _signed_until(expires: float, *, renew: bool, role: str) -> str:
+    until = f"{datetime.fromtimestamp(expires, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"{until}: sign again now, with trainer-host keys renew {role}" if renew else until

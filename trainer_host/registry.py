@@ -5,7 +5,7 @@ It is a record, not a source of truth: what is released is what the signed repos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
-from protocol.release import Lineage
+from protocol.release import Lineage, Release
 from trainer_host import database as tables
 from trainer_host.database import Database
 
@@ -86,22 +86,18 @@ class Registry:
         """Note that a model's release waits for signatures."""
         self._settle(number, state=ModelState.WAITING, gate=gate, reason=reason)
 
-    def signed(self, versions: Mapping[tuple[str, str], int]) -> None:
-        """Note that releases which waited are signed now.
-
-        Args:
-            versions: Version by slot and digest.
-        """
+    def signed(self, releases: Iterable[Release]) -> None:
+        """Note which models that waited for signatures are among these releases; others are as they were."""
         with self._database.writing() as connection:
-            for (slot, digest), version in versions.items():
+            for release in releases:
                 connection.execute(
                     sa.update(tables.models)
                     .where(
-                        tables.models.c.slot == slot,
-                        tables.models.c.digest == digest,
+                        tables.models.c.slot == release.slot,
+                        tables.models.c.digest == release.digest,
                         tables.models.c.state == ModelState.WAITING,
                     )
-                    .values(state=ModelState.RELEASED, version=version, reason="")
+                    .values(state=ModelState.RELEASED, version=release.version, reason="")
                 )
 
     def refused(self, number: int, reason: str, gate: dict[str, Any] | None = None) -> None:

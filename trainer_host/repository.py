@@ -50,7 +50,7 @@ from protocol.release import (
 )
 from protocol.topics import checked_name
 from protocol.wishes import Pin, Withdrawal
-from trainer_host.repository_files import RepositoryFiles, is_signed
+from trainer_host.repository_files import RepositoryFiles, is_signed, put
 from trainer_host.signing import SIGNED_AT, SignaturesMissing, Signers, SigningRequest
 
 log = logging.getLogger(__name__)
@@ -362,6 +362,18 @@ class Repository:
     def root(self) -> bytes:
         """The newest root metadata: what a device is provisioned with."""
         return self._files.load().roots[-1]
+
+    def copy_root(self, path: Path) -> None:
+        """Keep what `root` returns in a file too; one that holds it already is left alone.
+
+        Devices are provisioned from that file, so call this after every change of the root, and wherever a change may
+        have been interrupted before this.
+
+        Raises:
+            Unavailable: The disk or the lock failed.
+        """
+        with self._files.locked():
+            put(path, self.root())
 
     def roots(self) -> list[Root]:
         """Every root, from the first to the one in force."""

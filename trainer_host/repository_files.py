@@ -8,10 +8,8 @@ timestamp leads to.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 
+from protocol import lock
 from protocol.durable import disk_errors, write_durably
 from protocol.errors import Misconfigured, Rejected, Unavailable
 from protocol.messages import MetadataSet
@@ -30,7 +29,6 @@ TIMESTAMP = "timestamp.json"
 MODELS = "models"
 REQUESTS = "requests"
 LOCK_TIMEOUT_S = 10.0
-LOCK_RETRY_S = 0.05
 
 
 class RepositoryFiles:
@@ -63,13 +61,10 @@ class RepositoryFiles:
             Unavailable: Somebody else has had it for too long.
         """
         with disk_errors(self._folder, 0):
-            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = lock.open_lock(self._folder / "lock")
         try:
-            deadline = time.monotonic() + LOCK_TIMEOUT_S
-            while not _has_lock(descriptor):
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"another process has been changing {self._folder} for {LOCK_TIMEOUT_S} s")
-                time.sleep(LOCK_RETRY_S)
+            if not lock.take(descriptor, LOCK_TIMEOUT_S):
+                raise Unavailable(f"another process has been changing {self._folder} for {LOCK_TIMEOUT_S} s")
             yield
         finally:
             os.close(descriptor)
@@ -191,11 +186,3 @@ def _root_files(folder: Path) -> Iterator[Path]:
         if not path.exists():
             return
         yield path
-
-
-def _has_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

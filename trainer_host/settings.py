@@ -148,6 +148,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Path(self.state_dir, "repository")
 
     @property
+    def root_file(self) -> Path:
+        """The newest root metadata: what devices are provisioned with."""
+        return Path(self.state_dir, "root.json")
+
+    @property
     def jobs_dir(self) -> Path:
         """Where jobs have their folders."""
         return Path(self.state_dir, "jobs")

@@ -41,7 +41,7 @@ class Parts(Struct, frozen=True, kw_only=True):
 
 
 def assemble(settings: Settings, stop: Event | None = None) -> Parts:
-    """Open the database and the repository, and load the keys.
+    """Open the database and the repository, load the keys, and end what a command that was killed had begun.
 
     Without the targets key the host stores, serves chunks and keeps the metadata fresh, and releases nothing by
     itself.
@@ -59,6 +59,8 @@ def assemble(settings: Settings, stop: Event | None = None) -> Parts:
     can_release = _can_release(repository)
     database = Database(settings.database)
     store, registry = Store(database), Registry(database)
+    repository.copy_root(settings.root_file)
+    registry.signed(repository.releases())
     report, jobs = ProgressFile(settings.progress_file), Jobs(settings.jobs_dir, settings.training.kept_jobs)
     recipes = {recipe.slot: recipe for recipe in map(settings.recipe, RECIPES)}
     publisher = Publisher(repository, registry, settings.gate, jobs, recipes, report=report, stop=stop)

@@ -22,7 +22,17 @@ from tuf.api.metadata import Targets  # type: ignore[attr-defined]
 
 from protocol.errors import Misconfigured, Rejected
 from protocol.topics import checked_name
-from protocol.wishes import FIELD, MAX_WISHES, Pin, Withdrawal, from_field, to_field
+from protocol.wishes import (
+    FIELD,
+    MAX_AUTHOR_CHARACTERS,
+    MAX_NAMES,
+    MAX_NOTE_CHARACTERS,
+    MAX_WISHES,
+    Pin,
+    Withdrawal,
+    from_field,
+    to_field,
+)
 from trainer_host.repository import Repository, versions
 
 Wishes: TypeAlias = tuple[Pin | Withdrawal, ...]
@@ -69,12 +79,31 @@ def whom(devices: Iterable[str] = (), groups: Iterable[str] = ()) -> Whom:
     """Names as they were typed: checked, in order, each once.
 
     Raises:
-        Rejected: With code `bad_name`.
+        Rejected: With code `bad_name`, or `too_many_names`.
     """
-    return Whom(
+    to = Whom(
         tuple(sorted({checked_name(name, "device") for name in devices})),
         tuple(sorted({checked_name(name, "group") for name in groups})),
     )
+    for what, names in to._asdict().items():
+        if len(names) > MAX_NAMES:
+            raise Rejected("too_many_names", f"{len(names)} {what}, more than {MAX_NAMES} in one wish", what)
+    return to
+
+
+def said_here(at: float, note: str = "") -> Said:
+    """What is said of a wish that is made here: by whom as well.
+
+    Args:
+        at: When, seconds since the epoch.
+        note: For people.
+
+    Raises:
+        Rejected: With code `too_long` for the note.
+    """
+    if len(note) > MAX_NOTE_CHARACTERS:
+        raise Rejected("too_long", f"a note of {len(note)} characters, more than {MAX_NOTE_CHARACTERS}", "note")
+    return Said(at, author()[:MAX_AUTHOR_CHARACTERS], note)
 
 
 def author() -> str:

@@ -545,13 +545,13 @@ def states() -> list[bytes]:
 
 def recalling(folder: Path) -> Attempt:
     releases = Releases(folder)
-    path = folder / "combat-1.json"
+    path = folder / f"combat-{REF.version}-{REF.digest[:16]}.json"
 
     def attempt(data: bytes) -> None:
         for content in (data, hashlib.sha256(data).hexdigest().encode() + b"\n" + data):
             path.write_bytes(content)
-            releases.collect([("combat", 1)])
-            Releases(folder).get("combat", 1)
+            releases.collect([("combat", REF)])
+            Releases(folder).get("combat", REF)
 
     return attempt
 

@@ -25,7 +25,7 @@ from edge_agent import deployment, runtime
 from edge_agent.children import CandidateFailed, Child, FromTrial, ModelFile, TrialAssignment, start
 from edge_agent.deployment import ModelRefused, ModelStaged, StagerDied
 from edge_agent.model_store import ModelStore
-from edge_agent.staging import FromStager, MetadataVerified, Refused, Staged, StageModel, StagerSettings
+from edge_agent.staging import FromStager, MetadataVerified, Qualifying, Refused, Staged, StageModel, StagerSettings
 from protocol.features import Feature, FeatureSpec, Group
 from protocol.link import Broker
 from protocol.messages import ModelRef
@@ -128,12 +128,13 @@ class Device:
                 raise AssertionError(other)
 
     def _heard(self, child: Child[FromStager]) -> FromStager | None:
-        """What the stager says next; `None` if it ends without a word."""
+        """What the stager says next that settles something; `None` if it ends without a word."""
         deadline = time.monotonic() + LIMIT_S
         while time.monotonic() < deadline and not child.channel.closed:
             select.select([child.channel], [], [], 0.1)
             for message in child.channel.receive():
-                return message
+                if not isinstance(message, Qualifying):
+                    return message
         assert child.channel.closed, "the stager neither answers nor ends"
         return None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OF_THE_HOST = {"alembic", "gymnasium", "keras", "sqlalchemy", "tensorboard", "tensorflow", "watchdog"}
+OF_THE_HOST = {"alembic", "gymnasium", "keras", "sqlalchemy", "tensorboard", "tensorflow"}
 
 
 def resolved(extra: str, tmp_path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from protocol.messages import MetadataSet
 from protocol.release import Golden, Release, Tensor
 from trainer_host import keys
 from trainer_host.keys import Keyring
+from trainer_host.private_broker import PrivateBroker
 from trainer_host.repository import Repository, identity_of
 from trainer_host.signing import SignaturesMissing
 
@@ -55,16 +56,19 @@ class Host:
 
     Args:
         folder: Where it is.
+        broker: Where `accept` publishes.
         state: Its state folder, to copy; without one, it is made.
     """
 
-    def __init__(self, folder: Path, state: Path | None = None) -> None:
+    def __init__(self, folder: Path, broker: PrivateBroker, state: Path | None = None) -> None:
         self.folder = folder
         self.state, self.stick = folder / "state", folder / "stick"
         self.keys = self.state / "keys"
-        for path in (folder / "bin", self.stick):
+        self.pi = folder / "pi"
+        for path in (folder / "bin", self.stick, self.pi):
             path.mkdir(exist_ok=True)
-        (folder / "trainer-host.toml").write_text('state_dir = "state"\n')
+        self.configuration = folder / "trainer-host.toml"
+        self.configuration.write_text(f'state_dir = "state"\nbroker.port = {broker.port}\n')
         program = folder / "bin" / "trainer-host"
         program.write_text(f"#!/bin/sh\n{PROGRAM}")
         program.chmod(0o755)
@@ -93,7 +97,8 @@ class Host:
 
     def run(self, script: str, **words: str) -> str:
         """Run commands of the documentation, here instead of there. What they print."""
-        for there, here in {"/var/lib/trainer-host": self.state, "/media/stick": self.stick}.items():
+        places = {"/var/lib/trainer-host": self.state, "/media/stick": self.stick, "/etc/edge-agent": self.pi}
+        for there, here in places.items():
             script = script.replace(there, shlex.quote(str(here)))
         for word, meaning in words.items():
             script = script.replace(word, meaning)
@@ -156,13 +161,19 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    return Host(tmp_path_factory.mktemp("made"))
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateBroker]:
+    with PrivateBroker(tmp_path_factory.mktemp("broker")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, broker: PrivateBroker) -> Host:
+    return Host(tmp_path_factory.mktemp("made"), broker)
 
 
 @pytest.fixture
-def host(tmp_path: Path, made: Host) -> Host:
-    return Host(tmp_path, made.state)
+def host(tmp_path: Path, broker: PrivateBroker, made: Host) -> Host:
+    return Host(tmp_path, broker, made.state)
 
 
 def test_everyday(host: Host) -> None:
@@ -321,21 +332,49 @@ def test_a_stolen_targets_key(host: Host) -> None:
 
 
 def test_a_stolen_root_key(host: Host) -> None:
-    loot = host.folder / "loot"
-    shutil.copytree(host.keys, loot)
+    """All four keys were in one place, so the thief has a host of his own."""
+    loot = Host.__new__(Host)
+    loot.state = host.folder / "loot"
+    loot.keys = loot.state / "keys"
+    for name in ("keys", "repository"):
+        shutil.copytree(host.state / name, loot.state / name)
+    loot.repository.change_root(lambda _: None, datetime.now(UTC))
+    loot.release(666)
     host.section("A root key is stolen")
     host.everybody_accepts(1)
     mine = CryptoSigner.generate_ed25519()
     theirs: Metadata[Root] = Metadata.from_bytes(host.repository.root())
     theirs.signed.version += 1
     theirs.signed.add_key(mine.public_key, "targets")
-    for signer in Keyring(loot)["root"]:
+    for signer in Keyring(loot.keys)["root"]:
         theirs.sign(signer)
     forged = msgspec.structs.replace(host.published(), roots=[*host.published().roots, theirs.to_bytes()])
     with pytest.raises(Rejected) as caught:
         host.verified(host.devices["there"], forged)
     assert caught.value.code == "bad_root"
     host.everybody_accepts(1)
+    # Who knows but the first root believes whom he meets first, and then only him.
+    for name in ("deceived", "deceived for long"):
+        deceived = Trust(host.folder / name, host.first_root)
+        assert [it.version for it in host.verified(deceived, loot.published()).releases] == [1, 666]
+        with pytest.raises(Rejected):
+            host.verified(deceived)
+    # With the new root he follows his owner again, and nobody follows the thief.
+    given = (host.pi / "root.json").read_bytes()
+    assert given == host.repository.root() != host.first_root
+    host.run("trainer-host keys rotate targets; trainer-host keys rotate snapshot; trainer-host keys rotate timestamp")
+    newest = (host.state / "root.json").read_bytes()
+    assert newest == host.repository.root() != given
+    for name, root in {"deceived": given, "there": given, "away": newest, "deceived for long": newest}.items():
+        device = Trust(host.folder / name, root)
+        assert host.versions(device) == [1]
+        with pytest.raises(Rejected):
+            host.verified(device, loot.published())
+    for name, root in {"unpacked today": given, "unpacked tomorrow": newest}.items():
+        device = Trust(host.folder / name, root)
+        with pytest.raises(Rejected):
+            host.verified(device, msgspec.structs.replace(loot.published(), roots=host.published().roots))
+        assert host.versions(device) == [1]
 
 
 def test_the_host_is_stolen(host: Host) -> None:
@@ -418,7 +457,7 @@ def token(host: Host, softhsm: str) -> Callable[[], None]:
     host.run("softhsm2-util --init-token --free --label safe --so-pin 5678 --pin 1234")
     host.run(f"{shlex.quote(sys.executable)} -c {shlex.quote(MAKE_KEY)}")
     (host.folder / "pin").write_text("1234\n")
-    (host.folder / "trainer-host.toml").write_text('state_dir = "state"\npassphrase_file = "pin"\n')
+    host.configuration.write_text(f'passphrase_file = "pin"\n{host.configuration.read_text()}')
     return lambda: shutil.rmtree(tokens)
 
 

@@ -54,6 +54,8 @@ def tried(tmp_path: Path) -> Iterator[World]:
 
 def kill(world: World, kind: str) -> None:
     (victim,) = world.children(kind)
+    if kind == "worker":
+        world.status = None  # what was said before the death says nothing about after it
     psutil.Process(victim).kill()
     world.wait(lambda: world.children(kind) not in ([victim], []) or rolled_back(world), f"another {kind} runs")
 

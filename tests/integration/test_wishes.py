@@ -20,13 +20,13 @@ from protocol.release import Golden, Release, Tensor
 from protocol.wishes import FIELD, Pin, Withdrawal, from_field
 from tests.integration.world import DEVICE, MODELS, SLOT, World
 from trainer_host.__main__ import app
+from trainer_host.custody import open_repository
 from trainer_host.database import Database
 from trainer_host.private_broker import PrivateBroker
 from trainer_host.registry import Model, Registry
 from trainer_host.repository import identity_of
 from trainer_host.settings import Settings, load
 from trainer_host.store import Sighting, Store
-from trainer_host.wiring import open_repository
 from trainer_host.wishes import Edit, Said, pin, unpin, whom, withdraw
 from trainer_host.wishes import carry_out as wished
 
@@ -139,6 +139,12 @@ def test_without_a_broker_it_is_signed_and_said_again_later(desk: Desk, monkeypa
         (("pin", "combat", "9"), command_line.REFUSED, "released are 0, 1, 2"),
         (("rollback", "movement"), command_line.REFUSED, "nothing is"),
         (("pin", "combat", "1", "--device", "a/b"), command_line.REFUSED, "device 'a/b'"),
+        (("rollback", "combat", "--note", "n" * 257), command_line.REFUSED, "a note of 257 characters"),
+        (
+            ("pin", "combat", "1", *(f"--group=g{i}" for i in range(65))),
+            command_line.REFUSED,
+            "65 groups, more than",
+        ),
         (("unpin", "../combat"), command_line.REFUSED, "slot '../combat'"),
         (("pin", "combat"), command_line.USAGE, "version"),
     ],
@@ -163,9 +169,33 @@ def test_where_the_targets_key_is_elsewhere_it_says_what_to_do(desk: Desk, tmp_p
     (file,) = [word for word in said.split() if word.endswith(".json")]
     assert command_line.run(app, ["sign", file, "--keys", str(offline), "--yes"]) == 0
     assert desk.run("accept", file)[0] == 0
+    assert [(type(wish), wish.version) for wish in desk.told(1)] == [(Withdrawal, 2)]
     code, said = desk.run("rollback", "combat")
     assert (code, said) == (0, "combat version 2 is withdrawn for all devices already.\n")
-    assert [(type(wish), wish.version) for wish in desk.told(1)] == [(Withdrawal, 2)]
+    desk.told(2)
+    assert desk.heard[0] == desk.heard[1]
+
+
+def test_without_a_broker_a_request_is_accepted_all_the_same(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer_host import metadata_topic  # noqa: PLC0415
+
+    monkeypatch.setattr(metadata_topic.publish_once, "__defaults__", (0.5,))
+    folder = Path(desk.settings.keys_dir)
+    key = (folder / "root.pem").rename(tmp_path / "root.pem")
+    file = desk.settings.repository_dir / "requests" / "root-2.json"
+    assert desk.run("keys", "renew", "root")[0] == command_line.USAGE
+    key.rename(folder / "root.pem")
+    assert command_line.run(app, ["sign", str(file), "--keys", str(folder), "--yes"]) == 0
+    desk.broker.stop()
+    code, said = desk.run("accept", str(file))
+    assert code == command_line.UNAVAILABLE
+    assert "Accepted root version 2." in said
+    assert "did not take the metadata" in said
+    assert "It is accepted all the same: a host that runs publishes it" in said
+    assert not file.exists()
+    assert desk.settings.root_file.read_bytes() == open_repository(desk.settings).root()
 
 
 def test_what_is_wished_and_what_became_of_it_is_shown(desk: Desk) -> None:

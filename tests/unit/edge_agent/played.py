@@ -16,11 +16,13 @@ class Process:
 
     pid: int
     returncode: int | None = None
+    killed: bool = False
 
     def poll(self) -> int | None:
         return self.returncode
 
     def kill(self) -> None:
+        self.killed = True
         if self.returncode is None:
             self.returncode = -9
 

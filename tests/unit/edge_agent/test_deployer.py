@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from edge_agent.staging import (
     StagerSettings,
     ToStager,
 )
+from protocol.durable import OS_DISK, OsDisk
 from protocol.features import FeatureSpec
 from protocol.messages import Event, ModelRef
 from protocol.release import Golden, Release, Tensor, chunked, manifest_of
@@ -71,11 +75,27 @@ def file_of(each: Release) -> str:
     return f"{each.slot}-{each.version}-{each.digest[:16]}.json"
 
 
+class CrowdedDisk(OsDisk):
+    """Full while there are chunks."""
+
+    def write(self, path: Path, pieces: Iterable[bytes], *, sync: bool) -> None:
+        if any((path.parent / "chunks").glob("*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(path, pieces, sync=sync)
+
+
 class Scene:
     """A deployer, its clock and its world."""
 
-    def __init__(self, folder: Path, slots: tuple[str, ...] = ("combat",), groups: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        slots: tuple[str, ...] = ("combat",),
+        groups: tuple[str, ...] = (),
+        disk: OsDisk = OS_DISK,
+    ) -> None:
         self.folder = folder
+        self.disk = disk
         self.settings = Settings(
             device="pi7",
             groups=groups,
@@ -104,6 +124,7 @@ class Scene:
             throttled=lambda: False,
             wall_clock=lambda: 5.0,
             rng=random.Random(1),
+            disk=self.disk,
         )
         self.deployer.begin(self.now)
 
@@ -350,6 +371,33 @@ def test_a_lost_state_is_found_again_in_the_audit_trail_as_far_as_the_store_bear
     assert [event.kind for event in scene.events[-2:]].count("state_recovered") == 1
 
 
+def test_a_model_that_one_slot_gives_up_stays_wanted_by_the_other(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, slots=("combat", "movement"))
+    same = msgspec.structs.replace(ONE, slot="movement")
+    first = scene.verifies(ONE, same)
+    first.ends(0)
+    scene.deployer.receive(first.child, scene.now)
+    stager = scene.verifies(ONE, same, wishes=(Withdrawal(slot="combat", version=1),))
+    scene.stages(stager, 1)
+    assert scene.deployer.slots["movement"].state.active == ModelRef(digest=ONE.digest, version=1)
+    assert scene.state.active is None
+
+
+def test_a_full_disk_that_metadata_does_not_fit_on_is_cleared_of_what_nobody_needs(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, disk=CrowdedDisk())
+    scene.commits(1)
+    stager = scene.verifies(ONE, TWO)
+    scene.says(stager, Postponed(TWO.digest, "disk", "it failed"))
+    scene.leaves(stager)
+    (tmp_path / "state" / "chunks" / ("c" * 64)).write_bytes(b"superseded")
+    before = len(scene.stagers)
+    scene.deployer.metadata_arrived(b"newer")
+    while len(scene.stagers) == before:
+        scene.tick(10.0)
+        assert scene.now < 3600.0, "it waits for ever"
+    assert scene.files("chunks") == set()
+
+
 def test_two_slots_may_have_the_same_model_described_in_two_ways(tmp_path: Path) -> None:
     scene = Scene(tmp_path, slots=("combat", "movement"))
     same = msgspec.structs.replace(ONE, slot="movement", version=5, notes="the same")
@@ -404,7 +452,7 @@ def test_a_pin_of_a_model_that_was_found_not_to_work_is_said_once(scene: Scene) 
 
 def test_a_long_note_fits_the_state(scene: Scene) -> None:
     scene.commits(1)
-    scene.verifies(ONE, TWO, wishes=(pinned(2, note="x" * 100_000),))
+    scene.verifies(ONE, TWO, wishes=(pinned(2, note="é" * 256),))
     assert isinstance(scene.state, deployment.Staging)
     scene.start()
     assert isinstance(scene.state, deployment.Staging)

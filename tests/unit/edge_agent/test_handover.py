@@ -38,6 +38,7 @@ from edge_agent.handover import (
 )
 from protocol.errors import Unavailable
 from protocol.features import FeatureSpec
+from tests.unit.edge_agent.played import Process
 
 
 def model(name: str) -> ModelFile:
@@ -48,27 +49,6 @@ OLD, NEW = model("a"), model("b")
 BEAT = Beat(answered=1, errors={}, latency_us_histogram={})
 FINISHING = Beat(answered=1, errors={}, latency_us_histogram={}, finishing=True)
 LOADED = Loaded(load_ms=1.0, runtime="runtime 1")
-
-
-@dataclass
-class Process:
-    """What `Child` needs of a process."""
-
-    pid: int
-    returncode: int | None = None
-    killed: bool = False
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def kill(self) -> None:
-        self.killed = True
-        if self.returncode is None:
-            self.returncode = -9
-
-    def wait(self, _timeout_s: float) -> int:
-        assert self.returncode is not None
-        return self.returncode
 
 
 @dataclass

@@ -275,6 +275,28 @@ def test_a_submitted_bundle_appears_whole_and_readable_under_a_name_of_its_own(t
     assert (tmp_path / FOLDER).stat().st_uid == tmp_path.stat().st_uid
 
 
+def test_two_with_the_same_long_name_have_a_result_each(tmp_path: Path) -> None:
+    source = tmp_path / f"{'r' * 120}.{'b' * 100}"
+    source.write_bytes(WHOLE)
+    names = {submit(tmp_path, source) for _ in range(2)}
+    assert len({result_file(tmp_path, name) for name in names}) == 2
+
+
+def test_the_inbox_that_a_command_makes_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(WHOLE)
+    synced = []
+    really = os.fsync
+
+    def listening(descriptor: int) -> None:
+        really(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", listening)
+    submit(tmp_path, tmp_path / "x")
+    assert tmp_path.stat().st_ino in synced
+    assert (tmp_path / FOLDER).stat().st_ino in synced
+
+
 def test_what_is_no_bundle_is_not_submitted(tmp_path: Path) -> None:
     source = tmp_path / "x"
     source.write_bytes(WHOLE[:-1])

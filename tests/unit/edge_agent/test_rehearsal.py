@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -148,6 +150,40 @@ def test_a_pin_and_a_withdrawal_are_heeded(tmp_path: Path, repository: Repositor
     assert endings(settings, bundle_of(repository, tmp_path)) == [("combat", 2, "staged", "")]
 
 
+def serving(settings: Settings, release: Release) -> None:
+    """The device has a model in service."""
+    model = ModelRef(digest=release.digest, version=release.version)
+    state = deployment.step(deployment.initial(), ReleaseOffered(model)).state
+    state = deployment.step(state, ModelStaged(release.digest)).state
+    StateStore(Path(settings.state_dir) / "state", settings.slots.keys()).save("combat", deployment.encode(state))
+
+
+def test_of_several_newer_ones_the_newest_is_tried_as_it_would_be_taken(
+    tmp_path: Path, repository: Repository, settings: Settings
+) -> None:
+    serving(settings, publish(repository, ECHO, 1))
+    publish(repository, TWIN, 2)
+    publish(repository, NAN, 3)
+    wish(repository, pin("combat", 2, Whom(("elsewhere",)), SAID))  # so the bundle holds all three
+    assert endings(settings, bundle_of(repository, tmp_path)) == [("combat", 3, "refused", "not_finite")]
+
+
+def test_a_pin_of_what_is_served_changes_nothing(tmp_path: Path, repository: Repository, settings: Settings) -> None:
+    serving(settings, publish(repository, ECHO, 1))
+    publish(repository, TWIN, 2)
+    wish(repository, pin("combat", 1, Whom(), SAID))
+    assert endings(settings, bundle_of(repository, tmp_path)) == [("combat", 2, "unchanged", "")]
+
+
+def test_where_the_only_model_is_withdrawn_an_older_one_is_tried(
+    tmp_path: Path, repository: Repository, settings: Settings
+) -> None:
+    publish(repository, TWIN, 1)
+    serving(settings, publish(repository, ECHO, 2))
+    wish(repository, withdraw("combat", 2, Whom(), SAID))
+    assert endings(settings, bundle_of(repository, tmp_path)) == [("combat", 1, "staged", "")]
+
+
 def test_what_is_withdrawn_here_is_not_tried(tmp_path: Path, repository: Repository, settings: Settings) -> None:
     publish(repository, ECHO, 1)
     wish(repository, withdraw("combat", 1, Whom(("pi7",)), SAID))
@@ -190,6 +226,45 @@ def test_a_folder_that_cannot_be_copied_is_unavailable(
     (tmp_path / "state" / "trust" / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(Unavailable, match="cannot copy what this device trusts"):
         rehearse(settings, bundle_of(repository, tmp_path))
+
+
+def test_what_is_half_written_is_not_copied(tmp_path: Path, repository: Repository, settings: Settings) -> None:
+    for folder in ("trust", "state"):
+        (tmp_path / "state" / folder).mkdir()
+        (tmp_path / "state" / folder / ".x.new").symlink_to(tmp_path / "renamed-meanwhile")
+    publish(repository, ECHO, 1)
+    assert endings(settings, bundle_of(repository, tmp_path)) == [("combat", 1, "staged", "")]
+
+
+@pytest.mark.parametrize("often", [1, rehearsal.COPY_TRIES])
+def test_what_changes_while_it_is_copied_is_copied_again(
+    tmp_path: Path, repository: Repository, settings: Settings, monkeypatch: pytest.MonkeyPatch, often: int
+) -> None:
+    publish(repository, ECHO, 1)
+    bundle = bundle_of(repository, tmp_path)
+    assert rehearse(settings, bundle).accepted
+    live = tmp_path / "state" / "trust" / "timestamp.json"
+    live.parent.mkdir()
+    live.write_bytes(b"before")
+    really = shutil.copytree
+    copies: list[bytes] = []
+
+    def copying(source: Path, target: Path, **options: Any) -> None:
+        really(source, target, **options)
+        if len(copies) < often:  # the daemon goes on meanwhile
+            (live.parent / ".new").write_bytes(b"%d" % len(copies))
+            (live.parent / ".new").replace(live)
+            copies.append(live.read_bytes())
+
+    monkeypatch.setattr(shutil, "copytree", copying)
+    monkeypatch.setattr(rehearsal, "COPY_AGAIN_S", 0.0)
+    if often < rehearsal.COPY_TRIES:
+        (tmp_path / "copy").mkdir()
+        rehearsal._copy(tmp_path / "state", tmp_path / "copy")
+        assert (tmp_path / "copy" / "trust" / "timestamp.json").read_bytes() == copies[-1]
+    else:
+        with pytest.raises(Unavailable, match="does not stand still"):
+            rehearse(settings, bundle)
 
 
 def test_a_file_that_is_not_there_is_unavailable(tmp_path: Path, settings: Settings) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -235,17 +234,6 @@ def test_without_room_a_model_is_postponed(settings: StagerSettings, supervisor:
     assert f"needs {len(MODEL)} bytes" in answer.text
 
 
-def test_without_room_for_the_chunks_besides_a_model_is_postponed(
-    settings: StagerSettings, supervisor: Supervisor
-) -> None:
-    ModelStore(Path(settings.folder)).put_chunk(manifest_of([MODEL]))
-    free = shutil.disk_usage(settings.folder).free
-    nearly_full = msgspec.structs.replace(settings, reserve_bytes=free - len(MODEL) - 1)
-    (answer,) = supervisor.run(nearly_full, StageModel(GOOD.digest))[1:]
-    assert isinstance(answer, Postponed)
-    assert (answer.digest, answer.reason) == (GOOD.digest, "no_space")
-
-
 def test_what_a_killed_stager_left_half_written_is_removed(settings: StagerSettings, supervisor: Supervisor) -> None:
     store = ModelStore(Path(settings.folder))
     left = store.path(GOOD.digest).with_name(f".{GOOD.digest}.tflite.new")
@@ -344,6 +332,13 @@ def test_what_the_supervisor_imports_brings_neither_tuf_nor_numpy() -> None:
     program = f"import sys, edge_agent.staging; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_quit_behind_a_task_ends_it(settings: StagerSettings, supervisor: Supervisor) -> None:
+    """The supervisor gives a task and dismisses the stager in one turn; it says so once."""
+    ModelStore(Path(settings.folder)).put(MODEL)
+    said = supervisor.run(settings, StageModel(GOOD.digest), Quit())
+    assert [type(message) for message in said] == [MetadataVerified]
 
 
 def test_a_store_that_cannot_be_made_is_said(settings: StagerSettings, supervisor: Supervisor) -> None:

@@ -399,6 +399,12 @@ PIN = '{"wish":"pin","slot":"combat","version":1}'
         (f'[{PIN},{{"wish":"dance"}}]', 1, [("[1]", "bad_wishes")]),
         (f'[{{"wish":"pin","slot":"../x","version":1}},{PIN}]', 1, [("[0]", "bad_name")]),
         (f"[{PIN},[],7]", 1, [("[1]", "bad_wishes"), ("[2]", "bad_wishes")]),
+        (f'[{PIN[:-1]},"note":"{"n" * 20_000}"}},{PIN}]', 1, [("[0]", "bad_wishes")]),
+        (
+            f'[{PIN},{PIN[:-1]},"at":1e18}},{PIN[:-1]},"devices":["../x"]}}]',
+            1,
+            [("[1]", "bad_wishes"), ("[2]", "bad_name")],
+        ),
         (PIN, 0, [("", "bad_wishes")]),
         ("[", 0, [("", "bad_wishes")]),
         ("[" * 5000, 0, [("", "bad_wishes")]),

@@ -38,21 +38,24 @@ from edge_agent.updates import (
     UNDISTURBED_S,
     Updates,
 )
+from protocol.codec import MAX_PAYLOAD_BYTES
 from protocol.durable import OsDisk
 from protocol.errors import Unavailable
 from protocol.link import Broker
+from tests.unit.edge_agent.played import Process
 
 A, B = "a" * 64, "b" * 64
 VERIFIED = MetadataVerified(3)
 
 
 class FailingDisk(OsDisk):
-    """Full while `failing`."""
+    """Full while `full`, and worse while `failing`."""
 
+    full = False
     failing = False
 
     def write(self, path: Path, pieces: Iterable[bytes], *, sync: bool) -> None:
-        if self.failing:
+        if self.failing or self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
         super().write(path, pieces, sync=sync)
 
@@ -65,25 +68,6 @@ class FailingDisk(OsDisk):
         if self.failing:
             raise OSError(errno.EROFS, "Read-only file system")
         super().remove(path)
-
-
-@dataclass
-class Process:
-    """What `Child` needs of a process."""
-
-    pid: int
-    returncode: int | None = None
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def kill(self) -> None:
-        if self.returncode is None:
-            self.returncode = -9
-
-    def wait(self, _timeout_s: float) -> int:
-        assert self.returncode is not None
-        return self.returncode
 
 
 @dataclass
@@ -334,7 +318,7 @@ def test_a_bundle_is_looked_at_by_a_stager_of_its_own_and_its_set_is_kept(scene:
     scene.wants = [A]
     scene.tick()
     assert scene.assigned[-1].bundle == str(bundle)
-    scene.new.write_bytes(b"from the bundle")  # as the stager does
+    Path(scene.assigned[-1].metadata_file).write_bytes(b"from the bundle")  # as the stager does
     scene.says(VERIFIED)
     assert scene.file.read_bytes() == b"from the bundle"
     assert scene.asked() == [StageModel(A)]
@@ -346,6 +330,69 @@ def test_a_bundle_is_looked_at_by_a_stager_of_its_own_and_its_set_is_kept(scene:
     assert (done.path, done.outcome(1.0).accepted, scene.updates.installed()) == (bundle, True, None)
     scene.arrived()
     assert scene.assigned[-1].bundle is None
+
+
+def test_a_set_that_waits_for_the_disk_is_not_lost_for_a_bundle(scene: Scene) -> None:
+    scene.arrived(payload=b"newer")
+    scene.says(MetadataRefused("unavailable", "the disk"))
+    scene.ends()
+    scene.updates.install(Installation(scene.folder / "models.bundle", ["combat"]))
+    scene.tick()
+    file = Path(scene.assigned[-1].metadata_file)
+    file.write_bytes(b"from the bundle")  # as the stager does
+    scene.says(VERIFIED)
+    scene.ends()
+    assert scene.file.read_bytes() == b"from the bundle"
+    scene.tick()
+    assert scene.looked_at() == ("metadata.new", b"newer")
+    scene.says(VERIFIED)
+    assert scene.file.read_bytes() == b"newer"
+    assert not file.exists()
+
+
+def test_a_set_that_a_bundle_interrupted_is_looked_at_after_it(scene: Scene) -> None:
+    scene.accepted()
+    scene.ends()
+    scene.arrived(payload=b"newer")
+    scene.updates.install(Installation(scene.folder / "models.bundle", ["combat"]))
+    scene.tick(UNDISTURBED_S)
+    scene.ends()
+    scene.tick()
+    assert scene.assigned[-1].bundle is not None
+    scene.says(MetadataRefused("bad_bundle", "text"))
+    scene.ends()
+    scene.passes(2.0, 0.1)
+    assert scene.looked_at() == ("metadata.new", b"newer")
+
+
+def test_after_a_restart_the_set_of_a_bundle_that_was_verified_goes_before_the_one_it_replaces(scene: Scene) -> None:
+    """The trust store goes by the bundle's set already, so the one before would be rolled back."""
+    scene.file.write_bytes(b"before")
+    bundled = scene.folder / "metadata.bundle"
+    bundled.write_bytes(b"from the bundle")
+    scene.updates.look_again()
+    scene.tick()
+    assert (scene.looked_at(), scene.assigned[-1].bundle) == (("metadata.bundle", b"from the bundle"), None)
+    scene.says(MetadataRefused("expired", "the clock is ahead"))
+    scene.ends()
+    assert bundled.exists()
+    scene.passes(1.25 * FIRST_RETRY_S)
+    assert len(scene.stagers) == 2
+    scene.says(VERIFIED)
+    assert scene.file.read_bytes() == b"from the bundle"
+    assert not bundled.exists()
+
+
+def test_a_bundles_set_that_rotted_makes_way_for_the_accepted_one(scene: Scene) -> None:
+    scene.file.write_bytes(b"before")
+    (scene.folder / "metadata.bundle").write_bytes(b"rotten")
+    scene.updates.look_again()
+    scene.tick()
+    scene.says(MetadataRefused("malformed", "text"))
+    scene.ends()
+    scene.passes(2.0, 0.1)
+    assert scene.looked_at() == ("metadata.set", b"before")
+    assert not (scene.folder / "metadata.bundle").exists()
 
 
 def test_a_bundle_whose_stager_dies_is_done_with_and_says_so(scene: Scene) -> None:
@@ -547,11 +594,110 @@ def test_a_stager_that_ends_before_it_has_looked_is_tried_again_later_not_at_onc
 
 def test_a_refused_set_is_told_once_and_not_looked_at_again(scene: Scene) -> None:
     scene.arrived()
-    scene.says(MetadataRefused("expired", "text"))
+    scene.says(MetadataRefused("mixed", "text"))
     scene.ends()
     scene.tick(LAST_RETRY_S * 2)
-    assert scene.told == [("metadata_refused", "expired", "text")]
+    assert scene.told == [("metadata_refused", "mixed", "text")]
     assert len(scene.stagers) == 1
+
+
+@pytest.mark.parametrize("reason", ["expired", "misconfigured"])
+def test_a_set_that_is_refused_for_what_may_pass_is_looked_at_again_after_a_growing_pause(
+    scene: Scene, reason: str
+) -> None:
+    """A clock that is ten years ahead until NTP comes: a retained set comes no second time by itself."""
+    scene.arrived()
+    pauses = []
+    for looks in range(1, 10):
+        assert scene.looked_at() == ("metadata.new", b"set")
+        scene.says(MetadataRefused(reason, "text"))
+        scene.ends()
+        assert not scene.new.exists()
+        assert not scene.updates.busy or scene.updates._has_work
+        began = scene.now
+        while len(scene.stagers) == looks:
+            scene.tick(1.0)
+        pauses.append(scene.now - began)
+    for pause, expected in zip(pauses, [min(FIRST_RETRY_S * 2**n, LAST_RETRY_S) for n in range(9)], strict=True):
+        assert 0.75 * expected - 1 <= pause <= 1.25 * expected + 1
+    assert scene.told == [("metadata_refused", reason, "text")]
+    scene.says(VERIFIED)
+    scene.ends()
+    assert scene.file.read_bytes() == b"set"
+    scene.passes(2 * LAST_RETRY_S, 60.0)
+    assert len(scene.stagers) == 10
+
+
+def test_a_doubted_set_that_comes_again_is_looked_at_soon(scene: Scene) -> None:
+    scene.arrived()
+    for looks in range(1, 9):
+        scene.says(MetadataRefused("expired", "text"))
+        scene.ends()
+        while len(scene.stagers) == looks:
+            scene.tick(60.0)
+    scene.says(MetadataRefused("expired", "text"))
+    scene.ends()
+    scene.updates.metadata_arrived(b"set")
+    scene.passes(1.25 * LAST_REFUSAL_PAUSE_S + 1)
+    assert len(scene.stagers) == 10
+
+
+def test_a_doubted_set_outlives_what_is_refused_and_what_is_accepted_from_before_but_not_a_newer_one(
+    scene: Scene,
+) -> None:
+    scene.file.write_bytes(b"before")
+    scene.arrived(payload=b"doubted")
+    scene.says(MetadataRefused("expired", "text"))
+    scene.ends()
+    scene.passes(2.0, 0.1)
+    assert scene.looked_at() == ("metadata.set", b"before")
+    scene.says(VERIFIED)  # the clock has just been put right
+    scene.ends()
+    scene.arrived(payload=b"forged")
+    scene.says(MetadataRefused("bad_signature", "text"))
+    scene.ends()
+    scene.passes(1.25 * FIRST_RETRY_S)
+    assert scene.looked_at() == ("metadata.new", b"doubted")
+    scene.says(MetadataRefused("expired", "text"))
+    scene.ends()
+    scene.passes(3.0)
+    scene.arrived(payload=b"newer")
+    scene.says(VERIFIED)
+    scene.ends()
+    before = len(scene.stagers)
+    scene.passes(2 * LAST_RETRY_S, 60.0)
+    assert len(scene.stagers) == before
+    assert scene.file.read_bytes() == b"newer"
+
+
+def test_a_doubted_set_that_is_found_to_be_bad_is_told_and_forgotten(scene: Scene) -> None:
+    scene.arrived()
+    for reason in ("expired", "rolled_back"):
+        scene.says(MetadataRefused(reason, "text"))
+        scene.ends()
+        scene.passes(2 * FIRST_RETRY_S)
+    scene.passes(2 * LAST_RETRY_S, 60.0)
+    assert len(scene.stagers) == 2
+    assert scene.told == [("metadata_refused", "expired", "text"), ("metadata_refused", "rolled_back", "text")]
+
+
+def test_the_accepted_set_that_looks_expired_at_the_start_is_looked_at_until_it_is_accepted(scene: Scene) -> None:
+    scene.file.write_bytes(b"kept")
+    scene.updates.look_again()
+    scene.tick()
+    for _ in range(3):
+        scene.says(MetadataRefused("expired", "text"))
+        scene.ends()
+        assert not scene.updates.busy
+        before = len(scene.stagers)
+        while len(scene.stagers) == before:
+            scene.tick(1.0)
+    assert scene.looked_at() == ("metadata.set", b"kept")
+    scene.says(VERIFIED)
+    scene.ends()
+    assert scene.told == [("metadata_refused", "expired", "text"), ("verified", 3)]
+    scene.passes(2 * LAST_RETRY_S, 60.0)
+    assert len(scene.stagers) == 4
 
 
 def test_a_set_that_could_not_be_verified_for_want_of_disk_is_looked_at_again(scene: Scene) -> None:
@@ -614,10 +760,26 @@ def test_a_set_that_cannot_be_written_is_looked_at_once_there_is_room(scene: Sce
     scene.arrived()
     scene.passes(20.0, 0.1)
     assert scene.stagers == []
-    assert scene.updates.busy
     scene.disk.failing = False
     scene.passes(1.25 * FIRST_RETRY_S)
     assert scene.looked_at() == ("metadata.new", b"set")
+
+
+def test_while_the_disk_is_full_and_no_stager_runs_there_is_time_to_make_room(scene: Scene) -> None:
+    scene.disk.full = True
+    scene.arrived()
+    assert not scene.updates.busy
+    scene.disk.full = False
+    scene.passes(1.25 * FIRST_RETRY_S)
+    assert scene.updates.busy
+    scene.says(MetadataRefused("no_space", "full"))
+    scene.ends()
+    assert not scene.updates.busy
+    scene.passes(2.5 * FIRST_RETRY_S)
+    assert scene.updates.busy
+    scene.says(MetadataRefused("unavailable", "the disk failed"))
+    scene.ends()
+    assert scene.updates.busy
 
 
 def test_a_set_that_cannot_be_put_in_its_place_counts_and_is_verified_anew_later(scene: Scene) -> None:
@@ -651,6 +813,35 @@ def test_a_set_that_cannot_be_one_is_refused_unread(scene: Scene, payload: bytes
     scene.arrived(payload=payload)
     assert [told[:2] for told in scene.told] == [("metadata_refused", reason)]
     assert scene.stagers == []
+
+
+def test_a_flood_of_sets_that_cannot_be_ones_is_told_now_and_then_and_keeps_none_waiting(scene: Scene) -> None:
+    long = b"x" * (MAX_PAYLOAD_BYTES + 1)
+    for number in range(36_000):
+        scene.updates.metadata_arrived(b"good %d" % (number // 6_000))
+        scene.updates.metadata_arrived(long if number % 2 else b"")
+        scene.tick(0.1)
+        if scene.updates.child is not None:
+            scene.says(MetadataVerified(1 + number // 6_000))
+            scene.ends()
+    refused = [told for told in scene.told if told[0] == "metadata_refused"]
+    assert 10 < len(refused) < 6 * 8 + 3600 / (0.75 * LAST_REFUSAL_PAUSE_S)
+    assert scene.file.read_bytes() == b"good 5"
+    assert len(scene.stagers) == 6
+
+
+def test_a_flood_of_forged_sets_between_the_good_one_is_told_now_and_then(scene: Scene) -> None:
+    for _ in range(6_000):
+        for payload in (b"good", b"forged"):
+            scene.updates.metadata_arrived(payload)
+            scene.tick(0.1)
+            if scene.updates.child is not None:
+                is_good = scene.looked_at()[1] == b"good"
+                scene.says(VERIFIED if is_good else MetadataRefused("bad_signature", "text"))
+                scene.ends()
+    assert len([told for told in scene.told if told[0] == "metadata_refused"]) < 8 + 1200 / (
+        0.75 * LAST_REFUSAL_PAUSE_S
+    )
 
 
 def test_stopping_ends_the_stager_and_starts_no_other(scene: Scene) -> None:

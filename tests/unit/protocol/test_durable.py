@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -15,10 +16,11 @@ from protocol.durable import (
     open_folder,
     remove_leftovers,
     require_free,
+    unusable,
     write_durably,
     write_pieces,
 )
-from protocol.errors import Unavailable
+from protocol.errors import Misconfigured, Unavailable
 
 
 def names(folder: Path) -> list[str]:
@@ -117,6 +119,17 @@ def test_writing_over_a_file_leaves_what_lies_behind(tmp_path: Path) -> None:
         OS_DISK.overwrite(tmp_path / "none", b"abc", sync=False)
 
 
+def test_room_is_reserved_and_written_over_where_one_wants(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.write_bytes(b"older")
+    OS_DISK.reserve(path, 10_000)
+    assert path.read_bytes() == bytes(10_000)
+    if sys.platform == "linux":
+        assert path.stat().st_blocks * 512 >= 10_000
+    OS_DISK.overwrite(path, b"abc", sync=False, at=5_000)
+    assert path.read_bytes() == bytes(5_000) + b"abc" + bytes(4_997)
+
+
 def test_kill_9_while_writing_leaves_a_leftover_and_no_file(tmp_path: Path) -> None:
     program = (
         "import os, sys\nfrom pathlib import Path\nfrom protocol.durable import write_pieces\n"
@@ -126,3 +139,23 @@ def test_kill_9_while_writing_leaves_a_leftover_and_no_file(tmp_path: Path) -> N
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
     assert names(tmp_path) == [".model.new"]
     assert (remove_leftovers(tmp_path), names(tmp_path)) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EACCES, Misconfigured),
+        (errno.EPERM, Misconfigured),
+        (errno.ENOTDIR, Misconfigured),
+        (errno.EEXIST, Misconfigured),
+        (errno.EIO, Unavailable),
+        (errno.EDQUOT, Unavailable),
+        (errno.EMFILE, Unavailable),
+        (errno.EROFS, Unavailable),
+        (errno.ENOSPC, Unavailable),
+    ],
+)
+def test_only_what_a_person_can_mend_is_misconfigured(number: int, kind: type[Exception]) -> None:
+    refusal = unusable(Path("folder"), OSError(number, os.strerror(number)))
+    assert type(refusal) is kind
+    assert os.strerror(number) in str(refusal)

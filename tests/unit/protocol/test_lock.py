@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import time
 from pathlib import Path
 
@@ -37,5 +39,15 @@ def test_who_only_asks_does_not_keep_a_daemon_out(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_cannot_be_made_is_misconfigured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Misconfigured, match="cannot write"), only_daemon(tmp_path / "file" / "state", PROGRAM):
+    with pytest.raises(Misconfigured, match="cannot use"), only_daemon(tmp_path / "file" / "state", PROGRAM):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT, errno.EMFILE])
+def test_what_a_disk_or_a_crowd_refuses_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refusing(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(Unavailable, match=os.strerror(number)), only_daemon(tmp_path, PROGRAM):
         pass

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import select
 from collections.abc import Iterator, Mapping
@@ -105,3 +106,23 @@ def test_an_impossible_folder_is_misconfigured(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Misconfigured):
         WatchedFolder(tmp_path / "file" / "inbox", (), 1.0, each)
+
+
+def test_a_folder_that_a_full_disk_has_no_room_for_is_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", full)
+        watched = WatchedFolder(tmp_path / "inbox", ("part",), 0.0, each)
+        watched.start()
+        assert watched.ready(0.0) == []
+    assert watched.ready(LOOK_S - 1.0) == []
+    assert not watched.folder.exists()
+    assert watched.ready(LOOK_S) == []
+    assert (watched.folder / "part").is_dir()
+    (watched.folder / "a").touch()
+    assert watched.ready(2 * LOOK_S) == ["a"]
+    watched.close()

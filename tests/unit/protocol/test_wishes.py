@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import Rejected
-from protocol.wishes import FIELD, MAX_WISHES, Desired, Pin, Withdrawal, desired, from_field, to_field
+from protocol.wishes import (
+    FIELD,
+    LAST_SECOND,
+    MAX_NAMES,
+    MAX_WISHES,
+    Desired,
+    Pin,
+    Withdrawal,
+    desired,
+    from_field,
+    to_field,
+)
 
 Wishes = list[Pin | Withdrawal]
 
@@ -136,3 +147,31 @@ def test_what_is_no_list_of_wishes_is_rejected(value: Any, code: str) -> None:
     with pytest.raises(Rejected) as caught:
         from_field(value)
     assert (caught.value.code, caught.value.field) == (code, "slot" if code == "bad_name" else FIELD)
+
+
+MANY = tuple(f"pi{number}" for number in range(MAX_NAMES + 1))
+
+
+@pytest.mark.parametrize("kind", [Pin, Withdrawal])
+@pytest.mark.parametrize(
+    ("within", "beyond", "field"),
+    [
+        ({"note": "é" * 256}, {"note": "n" * 257}, FIELD),
+        ({"by": "é" * 128}, {"by": "b" * 129}, FIELD),
+        ({"devices": MANY[1:]}, {"devices": MANY}, FIELD),
+        ({"groups": MANY[1:]}, {"groups": MANY}, FIELD),
+        ({"devices": ("a" * 64,)}, {"devices": ("pi1", "a" * 65)}, "device"),
+        ({"groups": ("A.b-c_1",)}, {"groups": ("kitchen", "")}, "group"),
+        ({"at": 0.0}, {"at": -0.001}, FIELD),
+        ({"at": float(LAST_SECOND)}, {"at": 253_402_300_800.0}, FIELD),
+        ({"at": 1e9}, {"at": 1e300}, FIELD),
+    ],
+)
+def test_every_part_of_a_wish_has_its_bounds(
+    kind: type[Pin | Withdrawal], within: dict[str, Any], beyond: dict[str, Any], field: str
+) -> None:
+    wish = kind(slot="combat", version=1, **within)
+    assert from_field(to_field([wish])) == (wish,)
+    with pytest.raises(Rejected) as caught:
+        from_field(to_field([kind(slot="combat", version=1, **beyond)]))
+    assert (caught.value.code, caught.value.field) == ("bad_wishes" if field == FIELD else "bad_name", field)

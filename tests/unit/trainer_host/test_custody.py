@@ -26,7 +26,9 @@ class Bed:
         self.repository = Repository(folder / "repository", Keyring(self.keys))
         self.repository.create(NOW)
         self.said: list[str] = []
-        self.custody = Custody(self.keys, self.repository, None, self.said.append)
+        self.root_file = folder / "root.json"
+        self.custody = Custody(self.keys, self.repository, self.root_file, None, self.said.append)
+        self.custody.settle()
 
     def take_away(self, role: str) -> Path:
         """Move a role's private keys, and a copy of the index, to a safe."""
@@ -68,7 +70,7 @@ def test_new_keys_are_in_order(bed: Bed) -> None:
     assert {finding.health for finding in findings} == {Health.OK}
     names = [finding.name for finding in findings]
     assert [name.split()[0] for name in names] == [
-        *["key"] * 4, "index", *["threshold"] * 4, *["expiry"] * 4, "client"
+        *["key"] * 4, "index", *["threshold"] * 4, *["expiry"] * 4, "root.json", "client"
     ]  # fmt: skip
 
 
@@ -213,7 +215,10 @@ def test_index_and_repository_agree_wherever_a_change_is_cut(
     bed.repository.refresh(NOW)
     bed.repository.amend(lambda _: None, NOW)
     (left,) = set(bed.listed(role)) - set(bed.named(role))
-    (finding,) = bed.worse().values()
+    worse = bed.worse()
+    assert ("root.json" in worse) is ((step, role) == ("timestamp", "root"))
+    worse.pop("root.json", None)
+    (finding,) = worse.values()
     assert finding.name == f"key {role} {left[:16]}"
     assert ("dropped" if done else "no root names it") in finding.detail
     bed.custody.rotate(role, None, NOW)
@@ -280,6 +285,31 @@ def test_what_runs_out_is_named(bed: Bed, days: int, worse: dict[str, Health]) -
     assert "keys renew root" in found["expiry root"].remedy or found["expiry root"].health is Health.OK
 
 
+def test_a_root_that_new_devices_should_not_be_given_is_named(bed: Bed) -> None:
+    old = bed.root_file.read_bytes()
+    bed.custody.rotate("root", None, NOW)
+    assert bed.root_file.read_bytes() == bed.repository.root() != old
+    bed.root_file.write_bytes(old)
+    (finding,) = bed.worse().values()
+    assert (finding.name, finding.health) == ("root.json", Health.FAILED)
+    assert "is not root version 2, the newest" in finding.detail
+    bed.root_file.unlink()
+    (finding,) = bed.worse().values()
+    assert "cannot read" in finding.detail
+    bed.custody.settle()
+    assert bed.worse() == {}
+
+
+def test_a_root_that_is_signed_elsewhere_reaches_new_devices_when_it_is_accepted(bed: Bed) -> None:
+    safe = bed.take_away("root")
+    old = bed.root_file.read_bytes()
+    with pytest.raises(SignaturesMissing) as missing:
+        bed.custody.rotate("timestamp", None, NOW)
+    assert bed.root_file.read_bytes() == old
+    bed.custody.accept(bed.sign(missing.value.file, safe), NOW)
+    assert bed.root_file.read_bytes() == bed.repository.root() != old
+
+
 def test_a_set_that_devices_would_refuse_is_named(bed: Bed) -> None:
     """Root 2 is in force, and is not signed by the key of root 1: who knows root 1 does not follow."""
     path = bed.folder / "repository" / "2.root.json"
@@ -296,5 +326,6 @@ def test_a_set_that_has_expired_is_refused_as_devices_do(tmp_path: Path) -> None
     keys.init(folder, None)
     repository = Repository(tmp_path / "repository", Keyring(folder))
     repository.create(NOW - timedelta(days=8))
-    found = Custody(folder, repository, None, print).examine(NOW, Lifetimes())
+    repository.copy_root(tmp_path / "root.json")
+    found = Custody(folder, repository, tmp_path / "root.json", None, print).examine(NOW, Lifetimes())
     assert {finding.name for finding in found if finding.health is Health.FAILED} == {"expiry timestamp", "client"}

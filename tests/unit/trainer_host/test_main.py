@@ -5,18 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol import command_line
 from protocol.lock import only_daemon
+from tests import signing
 from trainer_host.__main__ import app
+from trainer_host.custody import open_repository
 from trainer_host.database import Database
 from trainer_host.keys import ROLES
-from trainer_host.registry import Model, Registry
+from trainer_host.registry import Model, ModelState, Registry
+from trainer_host.repository import Repository, identity_of
 from trainer_host.settings import load
 from trainer_host.store import Sighting, Store
+from trainer_host.wiring import assemble
 
 HEAVY = ("numpy", "sqlalchemy", "tensorflow", "tuf", "rich.table", "ai_edge_litert")
 
@@ -69,6 +75,64 @@ def test_an_interrupted_init_is_finished(config: Path) -> None:
     assert (state / "repository" / "timestamp.json").exists()
 
 
+def root_of(config: Path) -> bytes:
+    return Repository(load(config).repository_dir).root()
+
+
+@pytest.mark.parametrize("left", [None, b"", b"an older root"])
+def test_an_init_that_was_cut_before_the_root_of_trust_is_finished(
+    config: Path, capsys: pytest.CaptureFixture[str], left: bytes | None
+) -> None:
+    assert call(config, "keys", "init") == 0
+    root = config.parent / "host" / "root.json"
+    root.unlink()
+    if left is not None:
+        root.write_bytes(left)
+    capsys.readouterr()
+    assert call(config, "keys", "verify") == command_line.REFUSED
+    assert "keys init" in capsys.readouterr().out
+    assert call(config, "keys", "init") == 0
+    assert str(root) in capsys.readouterr().out
+    assert root.read_bytes() == root_of(config)
+    assert call(config, "keys", "verify") == 0
+    assert call(config, "keys", "init") == command_line.USAGE
+
+
+def test_devices_are_provisioned_with_the_newest_root(config: Path) -> None:
+    assert call(config, "keys", "init") == 0
+    root = config.parent / "host" / "root.json"
+    for words in (("rotate", "root"), ("add", "root"), ("threshold", "root", "2"), ("renew", "root")):
+        before = root.read_bytes()
+        assert call(config, "keys", *words) == 0
+        assert root.read_bytes() == root_of(config) != before
+    root.unlink()
+    assert call(config, "keys", "renew", "targets") == 0
+    assert root.read_bytes() == root_of(config)
+
+
+def test_a_host_that_starts_ends_what_a_killed_command_had_begun(config: Path) -> None:
+    """A change of keys that was killed before `root.json`, and an `accept` before the registry."""
+    assert call(config, "keys", "init") == 0
+    settings = load(config)
+    repository = open_repository(settings)
+    release = msgspec.structs.replace(signing.release(3), **identity_of(b"model"))
+    repository.release(release, b"model", datetime.now(UTC))
+    repository.change_root(lambda _: None, datetime.now(UTC))
+    assert settings.root_file.read_bytes() != repository.root()
+    database = Database(settings.database)
+    registry = Registry(database)
+    number = registry.add(
+        Model(slot="combat", digest=release.digest, path="f", bytes=5, origin="trained", created_at=1.0)
+    )
+    registry.waiting(number, None, "waits for signatures")
+    database.close()
+    parts = assemble(settings)
+    (model,) = parts.registry.models()
+    parts.database.close()
+    assert (model.state, model.version, model.reason) == (ModelState.RELEASED, 3, "")
+    assert settings.root_file.read_bytes() == repository.root()
+
+
 def test_a_passphrase_encrypts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text('state_dir = "host"\npassphrase_file = "secret"\n')
     (config.parent / "secret").write_text("open sesame\n")
@@ -113,8 +177,8 @@ def test_signing_needs_a_request_a_folder_and_a_yes(
     assert "trainer-host accept root-2.json" in capsys.readouterr().out
     assert command_line.run(app, sign) == 0  # there is nothing left to sign
     assert "Every signature is there" in capsys.readouterr().out
-    assert call(config, "accept", str(request)) == 0
-    assert call(config, "accept", str(request)) == command_line.USAGE  # it has gone
+    request.unlink()
+    assert call(config, "accept", str(request)) == command_line.USAGE
 
 
 def test_sign_needs_no_host(tmp_path: Path, config: Path) -> None:

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from protocol.release import Lineage
+from tests.signing import release
 from trainer_host.database import Database
 from trainer_host.registry import Model, ModelState, Registry
 
@@ -42,7 +43,10 @@ def test_a_release_that_waited_is_noted_when_it_is_signed(registry: Registry) ->
     for number in (waiting, other):
         registry.waiting(number, {"passed": True}, "waits for signatures: targets-2.json")
     registry.refused(refused, "too slow")
-    registry.signed({("combat", "d" * 64): 3, ("movement", "e" * 64): 4, ("combat", "f" * 64): 5})
+    signed = (("combat", "d", 3), ("movement", "e", 4), ("combat", "f", 5))
+    registry.signed(
+        msgspec.structs.replace(release(version, slot), digest=digest * 64) for slot, digest, version in signed
+    )
     states = [(each.state, each.version, each.reason) for each in registry.models()]
     assert states == [
         (ModelState.RELEASED, 3, ""),

@@ -14,7 +14,7 @@ from securesystemslib.signer import CryptoSigner, Signer  # type: ignore[attr-de
 from protocol.errors import Misconfigured, Rejected
 from protocol.features import Feature, FeatureSpec
 from protocol.release import Golden, Release, Tensor
-from protocol.wishes import MAX_WISHES, Pin, Withdrawal, desired
+from protocol.wishes import MAX_NAMES, MAX_WISHES, Pin, Withdrawal, desired, from_field, to_field
 from trainer_host.repository import Repository, identity_of
 from trainer_host.signing import SignaturesMissing
 from trainer_host.wishes import (
@@ -28,6 +28,7 @@ from trainer_host.wishes import (
     pin,
     restore,
     rows,
+    said_here,
     sentence,
     unpin,
     whom,
@@ -366,6 +367,27 @@ def test_who_wishes_is_named_even_without_a_name(monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 3_999_999)  # a container's user without an entry
     assert author().startswith("3999999@")
+
+
+def test_what_is_said_here_fits_what_devices_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "a" * 300)
+    said = said_here(1.5, "n" * 256)
+    wish = Pin(slot="combat", version=1, at=said.at, by=said.by, note=said.note)
+    assert from_field(to_field([wish])) == (wish,)
+    assert said.by == "a" * 128
+    with pytest.raises(Rejected, match="a note of 257 characters, more than 256") as caught:
+        said_here(1.5, "n" * 257)
+    assert (caught.value.code, caught.value.field) == ("too_long", "note")
+
+
+def test_a_wish_names_so_many_and_no_more() -> None:
+    names = [f"pi{number}" for number in range(MAX_NAMES + 1)]
+    assert whom(names[1:] * 2, names[1:]) == Whom(tuple(sorted(names[1:])), tuple(sorted(names[1:])))
+    with pytest.raises(Rejected, match="65 devices, more than 64"):
+        whom(names)
+    with pytest.raises(Rejected, match="65 groups, more than 64") as caught:
+        whom((), names)
+    assert (caught.value.code, caught.value.field) == ("too_many_names", "groups")
 
 
 def test_tables_and_sentences() -> None:
