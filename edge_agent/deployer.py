@@ -6,6 +6,7 @@ It has no broker and no clock of its own, and processes are started for it, so t
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ from protocol.wishes import Pin, Withdrawal, desired
 log = logging.getLogger(__name__)
 
 COLLECT_AGAIN_S = 60.0
+LOOK_AGAIN_S = 60.0
 # A pin's words are kept in the slot's state, which has a fixed place on the disk.
 MAX_SAID = 400
 
@@ -114,6 +116,7 @@ class Deployer:
         )
         self._collected: frozenset[tuple[str, ModelRef]] | None = None
         self._collect_at = 0.0
+        self._look_at = math.inf
         self._now = 0.0
         self._pins: dict[str, int] = {}
         self._known_faults: set[tuple[str, str]] = set()
@@ -180,6 +183,9 @@ class Deployer:
         self._now = now
         for slot in self.slots.values():
             slot.tick(now)
+        if now >= self._look_at:
+            self._look_at = math.inf
+            self._updates.look_again()
         self._updates.tick(now)
         if now >= self._collect_at and not self._updates.busy and self._needed() != self._collected:
             self._collect()
@@ -221,7 +227,10 @@ class Deployer:
             if chosen is None and wanted.pin is not None:
                 text = f"version {wanted.pin.version} of {name} is pinned, but not released"
                 self._report_once("pin_unknown", text, "pin_unknown")
-            if chosen is None or not self._keep(chosen):
+            if chosen is None:
+                continue
+            if not self._keep(chosen):
+                self._look_at = self._now + LOOK_AGAIN_S
                 continue
             model = _ref(chosen)
             if wish is not None:

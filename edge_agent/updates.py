@@ -119,6 +119,7 @@ class Updates:
         self._told_misfit: int | None = None
         self._bundle: Installation | None = None
         self._fresh = False
+        self._owed = False
         self._host_is_back = False
         # The stager, and what it has been told.
         self._stager: Child[FromStager] | None = None
@@ -212,8 +213,9 @@ class Updates:
         if self._retry_at is not None and now >= self._retry_at:
             self._retry_at, self._fresh = None, True
         if self._doubt_at is not None and now >= self._doubt_at:
-            self._doubt_at, self._fresh = None, True
+            self._doubt_at = None
             self._arrived = self._arrived or self._doubted
+            self._fresh |= self._doubted is None
         if self._stopped or now < self._pause_until:
             return
         if self._misfit != self._told_misfit:  # it waits for no stager, and keeps none from starting now
@@ -275,6 +277,7 @@ class Updates:
         with disk_errors(self._accepted_file.parent, 0, self._disk):
             kept = (self._new_file, self._bundle_file, self._accepted_file)
             found = self._bundle_file if bundle else next((file for file in kept if self._disk.is_file(file)), None)
+        self._owed |= self._fresh
         self._fresh = False
         if found is None:
             return
@@ -364,6 +367,7 @@ class Updates:
 
     def _accept(self, message: MetadataVerified) -> None:
         self._verified = self._settled = True
+        self._owed = False
         if message.version > self.metadata_version:  # who can only repeat it shortens no pause
             self._pause_s = FIRST_REFUSAL_PAUSE_S
             self._misfit = self._told_misfit = None
@@ -404,7 +408,9 @@ class Updates:
             is_over = self._subject == self._bundle_file and not is_passing
             if is_over:
                 self._remove_subject()
-        self._fresh = is_over and (bool(self._wanted) or not self.metadata_version)
+        # What was to be looked at anyway, for a retry that was due, say, is not done by refusing another set.
+        self._owed &= self._subject != self._accepted_file
+        self._fresh = self._owed or (is_over and (bool(self._wanted) or not self.metadata_version))
         if not is_known:
             self._on_metadata_refused(message.reason, message.text)
 

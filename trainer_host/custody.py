@@ -70,6 +70,7 @@ class Custody:
         _known(role)
         self.settle()
         old = [self._named(role, keyid)] if keyid else list(self._repository.next_root().roles[role].keyids)
+        self._open_keys()
         new = [keys.generate(self._folder, role, self._secret) for _ in old]
         for entry in new:
             self._tell(f"Made the {role} key {entry.keyid[:SHOWN]}: {self._folder / entry.uri.partition(':')[2]}")
@@ -90,6 +91,7 @@ class Custody:
         """
         _known(role)
         self.settle()
+        self._open_keys()
         if uri is None:
             entry = keys.generate(self._folder, role, self._secret)
             self._tell(f"Made the {role} key {entry.keyid[:SHOWN]}: {self._folder / entry.uri.partition(':')[2]}")
@@ -279,6 +281,16 @@ class Custody:
         self._repository.change_root(change, now)
         self._tell(f"The root is now version {self._repository.roots()[-1].version}.")
         self.settle()
+
+    def _open_keys(self) -> None:
+        """See that the keys here open, before one is made: else a wrong passphrase would be noticed too late.
+
+        Raises:
+            Misconfigured: One does not.
+        """
+        ring = keys.Keyring(self._folder, self._secret)
+        for role in keys.ROLES:
+            ring[role]
 
     def _named(self, role: str, keyid: str) -> str:
         return _single(_matches(self._repository.next_root(), role, keyid), role, keyid)

@@ -281,14 +281,15 @@ def kills(name: str, seeds: Iterable[int]) -> int | None:
 
     A mutant that only breaks the code proves nothing.
     """
-    for seed in seeds:
+    left = iter(seeds)
+    while True:
         with wiring.wired(), mutants()[name]():
-            is_violation = simulate(seed).is_violation
-        if is_violation:
-            with wiring.wired():
-                if not simulate(seed).failure:
-                    return seed
-    return None
+            found = next((seed for seed in left if simulate(seed).is_violation), None)
+        if found is None:
+            return None
+        with wiring.wired():
+            if not simulate(found).failure:
+                return found
 
 
 def killer(name: str, remembered: int | None) -> int | None:

@@ -79,6 +79,7 @@ def inhabited(world: World) -> Iterator[None]:
 def wired() -> Iterator[None]:
     """Put the simulated world under the real code while the block lasts."""
     clock = SimpleNamespace(monotonic=lambda: current().now, time=lambda: current().wall_clock())
+    _RememberedClient.known.clear()  # of a wiring before, perhaps of other code
     with contextlib.ExitStack() as stack:
 
         def put(owner: Any, name: str, replacement: Any) -> None:
@@ -277,7 +278,7 @@ class _RememberedClient:
     """python-tuf's client, which is asked once about the same documents."""
 
     _Client = trust._Client
-    _known: ClassVar[dict[bytes, tuple[dict[str, bytes], Exception | None, str, dict[str, bytes]]]] = {}
+    known: ClassVar[dict[bytes, tuple[dict[str, bytes], Exception | None, str, dict[str, bytes]]]] = {}
 
     def __init__(self, _folder: Path, root: bytes, held: trust.Documents, fetcher: trust._Observed) -> None:
         self._fetcher = fetcher
@@ -290,11 +291,11 @@ class _RememberedClient:
         assert isinstance(source, trust.SetFetcher), "sets come as messages"
         era = bisect(ERAS, _now(UTC))  # what is expired does not change within one
         key = _hash_of([str(era), self._root, *self._held.items(), *source._roots, *source._documents.items()])
-        if key not in self._known:
-            if len(self._known) > SETS:
-                self._known.clear()
-            self._known[key] = self._refreshed()
-        self._documents, error, self._fetcher.role, self._fetcher.documents = self._known[key]
+        if key not in self.known:
+            if len(self.known) > SETS:
+                self.known.clear()
+            self.known[key] = self._refreshed()
+        self._documents, error, self._fetcher.role, self._fetcher.documents = self.known[key]
         if error is not None:
             raise error
 

@@ -145,6 +145,22 @@ def test_what_cannot_be_done_changes_nothing(bed: Bed, call: Any) -> None:
     assert (bed.repository.metadata_set(), keys.roles(bed.keys)) == before
 
 
+@pytest.mark.parametrize("role", ["timestamp", "root"])
+def test_with_a_wrong_passphrase_no_key_is_made(tmp_path: Path, role: str) -> None:
+    folder = tmp_path / "keys"
+    before = keys.init(folder, "right")
+    repository = Repository(tmp_path / "repository", Keyring(folder, "right"))
+    repository.create(NOW)
+    repository = Repository(tmp_path / "repository", Keyring(folder, "wrong"))
+    said: list[str] = []
+    custody = Custody(folder, repository, tmp_path / "root.json", "wrong", said.append)
+    for change in (custody.rotate, custody.add):
+        with pytest.raises(Misconfigured):
+            change(role, None, NOW)
+    assert keys.roles(folder) == before
+    assert said == []
+
+
 def test_renewal_signs_the_same_for_longer(bed: Bed) -> None:
     later = NOW + timedelta(days=80)
     bed.custody.renew("root", later)
