@@ -423,7 +423,9 @@ def try_or_commit(state: Staging, _event: ModelStaged) -> Step:
     """Compare the candidate with what is served, or take it if nothing is."""
     staged = Report("staged", state.candidate)
     if state.pinned:
-        return Step(_pinned(state, state.candidate), (staged, Report("pinned", state.candidate, text=state.pinned)))
+        pinned = Report("pinned", state.candidate, text=state.pinned)
+        # The pin may have been lifted meanwhile, and what was offered then was not above `newest` yet.
+        return Step(_pinned(state, state.candidate), (staged, pinned, LookAgain()))
     if state.active is None:
         first = Report("committed", state.candidate, "first_model")
         return Step(_serving(state, state.candidate, None, state.candidate.version), (staged, first))

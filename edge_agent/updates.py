@@ -120,6 +120,7 @@ class Updates:
         self._bundle: Installation | None = None
         self._fresh = False
         self._owed = False
+        self._is_deadly = False
         self._host_is_back = False
         # The stager, and what it has been told.
         self._stager: Child[FromStager] | None = None
@@ -271,9 +272,12 @@ class Updates:
             Unavailable: The set cannot be written, or no process can be started. All stays to be done.
         """
         bundle, arrived = self._bundle, self._arrived
-        if bundle is None and arrived is not None:
+        with disk_errors(self._new_file.parent, 0, self._disk):
+            # It may have been accepted, and not yet be in its place; one that stagers die of must not hold up others.
+            comes_first = self._disk.is_file(self._new_file) and not self._is_deadly
+        if bundle is None and arrived is not None and not comes_first:
             write_durably(self._new_file, arrived, disk=self._disk)
-            self._arrived = None
+            self._arrived, self._is_deadly = None, False
         with disk_errors(self._accepted_file.parent, 0, self._disk):
             kept = (self._new_file, self._bundle_file, self._accepted_file)
             found = self._bundle_file if bundle else next((file for file in kept if self._disk.is_file(file)), None)
@@ -330,6 +334,7 @@ class Updates:
             self._retry_at = now + self._resume_s * self._rng.uniform(0.75, 1.25)
             self._resume_s = min(2 * self._resume_s, LAST_RETRY_S)
         elif not self._settled:
+            self._is_deadly = self._subject == self._new_file
             log.warning("the metadata set was not looked at to the end (stager: %s)", how)
             self._retry_later(now)
         elif self._wanted and self._retry_at is None and self._doubt_at is None:
@@ -403,8 +408,10 @@ class Updates:
             self._remove_subject()
         elif self._installing is None:  # it was accepted before, and is looked at again and again while it is needed
             is_known, self._told_refusal = message.reason == self._told_refusal, message.reason
-            if is_passing and not self.metadata_version:
+            if is_passing and (self._owed or not self.metadata_version):
                 self._doubt_later(now)
+            if not is_passing:
+                self._seen = None  # the broker's copy is looked at when it comes again
             is_over = self._subject == self._bundle_file and not is_passing
             if is_over:
                 self._remove_subject()

@@ -365,7 +365,8 @@ def test_what_is_pinned_while_it_is_staged_needs_no_trial() -> None:
     pinned = msgspec.structs.replace(STAGING, pinned="by me")
     assert step(STAGING, ReleasePinned(M3, "by me")) == Step(pinned)
     assert step(pinned, ModelStaged("d3")) == Step(
-        Serving(active=M3, previous=M2, newest=3), (Report("staged", M3), Report("pinned", M3, text="by me"))
+        Serving(active=M3, previous=M2, newest=3),
+        (Report("staged", M3), Report("pinned", M3, text="by me"), LookAgain()),
     )
 
 
