@@ -208,7 +208,7 @@ def test_a_full_disk_postpones_the_model_and_once_there_is_room_it_is_staged(
     path = bundle_of(repository, tmp_path / "x.bundle")
     small = tmp_path / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], check=True)
     try:
         child = stagers.start(path, small)
         heard(child, MetadataVerified)

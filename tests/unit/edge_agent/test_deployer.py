@@ -311,8 +311,11 @@ def test_what_no_slot_needs_is_removed_once_nothing_is_under_way(scene: Scene) -
     scene.stages(scene.stagers[-1], 3)
     scene.leaves(scene.stagers[-1])
     scene.serves()
-    scene.leaves(scene.verifies(ONE, TWO, THREE, wishes=(pinned(3),)))
     scene.tick()
+    while not scene.stagers[-1].child.channel.closed:
+        scene.says(scene.stagers[-1], MetadataVerified(7, (ONE, TWO, THREE), (pinned(3),)))
+        scene.leaves(scene.stagers[-1])
+        scene.tick()
     assert scene.files("models") == {f"{each.digest}.tflite" for each in (TWO, THREE)}
     assert scene.files("releases") == {file_of(TWO), file_of(THREE)}
     assert scene.files("chunks") == set()
