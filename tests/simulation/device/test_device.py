@@ -1,4 +1,4 @@
-"""Some hundred seeds of the simulated device, each time the tests run; `make simulate` runs more.
+"""Some hundred seeds of the simulated device, each time the tests run; `make simulate` and `simulate-mutants` run more.
 
 Each run is a process of its own, since the simulation puts a simulated world under the code.
 """
@@ -32,9 +32,3 @@ def test_a_seed_replays_exactly() -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout == second.stdout
     assert first.stdout.count("\n") > 30, "there is a trace"
-
-
-@pytest.mark.timeout(1800)
-def test_what_is_taken_out_of_the_code_is_noticed() -> None:
-    ended = simulated("--mutants")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
