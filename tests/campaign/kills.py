@@ -90,7 +90,10 @@ class Campaign(World):
         living = [target for target in TARGETS if self._pids(target)]
         target = self.rng.choice(living)
         victim = self.rng.choice(self._pids(target))
-        psutil.Process(victim).kill()
+        try:
+            psutil.Process(victim).kill()
+        except psutil.Error:  # it has just ended by itself
+            return
         self.killed[target] += 1
         if target == "broker":
             self.broker.stop()

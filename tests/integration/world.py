@@ -169,11 +169,14 @@ class World:
         import psutil  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
 
         assert self.agent is not None
-        return [
-            child.pid
-            for child in psutil.Process(self.agent.pid).children()
-            if child.status() != psutil.STATUS_ZOMBIE and f"edge_agent.{module}" in child.cmdline()
-        ]
+        found = []
+        for child in psutil.Process(self.agent.pid).children():
+            try:
+                if child.status() != psutil.STATUS_ZOMBIE and f"edge_agent.{module}" in child.cmdline():
+                    found.append(child.pid)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
 
     def close(self) -> None:
         """End everything."""
